@@ -1,0 +1,31 @@
+"""What every test starts from: one thread, a seeded generator, and examples that come back the same."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for the processes that tests start
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(1)
+
+# `pytest --hypothesis-profile nightly` chooses the other one; what it finds, it prints as a blob to replay.
+settings.register_profile("short", max_examples=200, derandomize=True, deadline=None)
+settings.register_profile(
+    "nightly", max_examples=2000, print_blob=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("short")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
