@@ -1,0 +1,1 @@
+"""The sparsely-gated mixture-of-experts layer, on torch alone: decide (gating), compute (experts), balance (losses)."""

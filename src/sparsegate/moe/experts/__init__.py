@@ -1,0 +1,1 @@
+"""COMPUTE: x_TD, Routing -> y_TD."""

@@ -1,0 +1,114 @@
+"""Rows in expert order, and back: the plan of a routing, dispatch, combine."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..routing import Routing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Where each token-expert pair of a Routing stands among the rows, which are sorted by expert.
+
+    order_N: the pair of each row. row_N: the row of each pair, the inverse permutation. token_N: the token of
+    each row. end_E: one past the last row of each expert, int64. Rows past `end_E[-1]` belong to unused pairs.
+    """
+
+    order_N: Tensor
+    row_N: Tensor
+    token_N: Tensor
+    end_E: Tensor
+    pairs_per_token: int
+
+
+def plan_rows(routing: Routing) -> Plan:
+    """Sort the pairs of a routing by expert; the order within an expert is that of the tokens."""
+    expert_N, order_N = routing.expert_N.sort(stable=True)
+    row_N = torch.empty_like(order_N).scatter(0, order_N, torch.arange(order_N.numel(), device=order_N.device))
+    expert_E = torch.arange(routing.num_experts, device=expert_N.device)
+    return Plan(
+        order_N=order_N,
+        row_N=row_N,
+        token_N=routing.token_N[order_N],
+        end_E=torch.searchsorted(expert_N, expert_E, right=True),
+        pairs_per_token=routing.pairs_per_token,
+    )
+
+
+def dispatch(x_TD: Tensor, plan: Plan) -> Tensor:
+    """Copy each token to the rows of its pairs: rows_ND in expert order."""
+    return _Gather.apply(x_TD, plan.token_N, plan.row_N, plan.pairs_per_token)
+
+
+def combine(rows_ND: Tensor, plan: Plan, weight_N: Tensor) -> Tensor:
+    """Sum each token's rows, multiplied by the gate's weights, in the weights' dtype: y_TD.
+
+    The sum over a token's K pairs runs over a [T, K, D] view, in the order of the pairs: it is deterministic.
+    """
+    weighted_ND = rows_ND.to(weight_N.dtype) * _Permute.apply(weight_N[:, None], plan.order_N, plan.row_N)
+    return _Sum.apply(weighted_ND, plan.token_N, plan.row_N, plan.pairs_per_token)
+
+
+class _Gather(torch.autograd.Function):
+    """x_TD -> rows_ND, each token copied to its rows; the transpose of `_Sum`.
+
+    Autograd's own transpose of an index is an index_add: slower, and in random order on a GPU. Each of the two
+    is the other's backward, so that they can be differentiated any number of times.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x_TD: Tensor, token_N: Tensor, row_N: Tensor, pairs_per_token: int) -> Tensor:
+        return x_TD.index_select(0, token_N)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, token_N, row_N, ctx.pairs_per_token = inputs
+        ctx.save_for_backward(token_N, row_N)
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Any, ...]:
+        return _Sum.apply(grad_ND, *ctx.saved_tensors, ctx.pairs_per_token), None, None, None
+
+
+class _Sum(torch.autograd.Function):
+    """rows_ND -> y_TD, each token's rows summed; the transpose of `_Gather`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows_ND: Tensor, token_N: Tensor, row_N: Tensor, pairs_per_token: int) -> Tensor:
+        rows_TKD = rows_ND.index_select(0, row_N).unflatten(0, (-1, pairs_per_token))
+        return rows_TKD.sum(dim=1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, token_N, row_N, ctx.pairs_per_token = inputs
+        ctx.save_for_backward(token_N, row_N)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Any, ...]:
+        return _Gather.apply(grad_TD, *ctx.saved_tensors, ctx.pairs_per_token), None, None, None
+
+
+class _Permute(torch.autograd.Function):
+    """Rows in another order; its backward is the inverse permutation."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value_ND: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
+        return value_ND.index_select(0, order_N)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Any, ...]:
+        order_N, inverse_N = ctx.saved_tensors
+        return _Permute.apply(grad_ND, inverse_N, order_N), None, None

@@ -1,0 +1,35 @@
+"""Experts: the interface of everything that computes, and the base of those that work on rows in expert order."""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from ..routing import Routing
+from .dispatch import combine, dispatch, plan_rows
+
+
+class Experts(nn.Module, ABC):
+    """Computes: `experts(x_TD, routing) -> y_TD`, the sum of eq. 1 for every token, in x's dtype."""
+
+    num_experts: int
+
+    @abstractmethod
+    def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """Return y_TD; zero for a token that no pair of the routing names."""
+
+    @abstractmethod
+    def ops_per_pair(self) -> int:
+        """Multiply-adds per token-expert pair in the forward pass."""
+
+
+class RowExperts(Experts):
+    """Experts that map rows standing in expert order: dispatch, compute, combine."""
+
+    def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        plan = plan_rows(routing)
+        rows_ND = self.compute_rows(dispatch(x_TD, plan), plan.end_E)
+        return combine(rows_ND, plan, routing.weight_N).to(x_TD.dtype)
+
+    @abstractmethod
+    def compute_rows(self, rows_ND: Tensor, end_E: Tensor) -> Tensor:
+        """Apply expert e to rows `end_E[e - 1]` to `end_E[e]`, and return zeros for the rows past the last end."""

@@ -1,0 +1,1 @@
+"""DECIDE: x_TD -> Routing."""

@@ -1,0 +1,49 @@
+"""Gate: the interface of everything that decides which tokens go to which experts."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from ..routing import BalanceSums, Routing
+
+
+class Gate(nn.Module, ABC):
+    """Decides: `gate(x_TD, mask_T, noise) -> Routing`.
+
+    num_experts: E. pairs_per_token: K, the number of experts of each real token.
+    noise_width: standard normal draws per token in training; 0 for a gate without noise.
+    """
+
+    num_experts: int
+    pairs_per_token: int
+    noise_width: int
+
+    @abstractmethod
+    def forward(self, x_TD: Tensor, mask_T: Tensor | None = None, noise: Tensor | None = None) -> Routing:
+        """Route tokens. mask_T: bool, true for real tokens. noise: [T, noise_width], standard normal."""
+
+    @abstractmethod
+    def ops_per_token(self) -> int:
+        """Multiply-adds per token in the forward pass."""
+
+    def after_step(self, sums: BalanceSums) -> None:  # noqa: B027  most gates keep no balancing state
+        """Called once after each optimizer step with the sums of the whole batch."""
+
+
+def gate_dtype(x_TD: Tensor, weight_DE: Tensor) -> torch.dtype:
+    """Gates compute in float32 at least, whatever the model's precision; float64 stays float64."""
+    return torch.promote_types(torch.promote_types(x_TD.dtype, weight_DE.dtype), torch.float32)
+
+
+def without_padding(x_TD: Tensor, mask_T: Tensor | None) -> Tensor:
+    """Zeros in place of padding: whatever stands there, even NaN, reaches neither sums nor gradients."""
+    return x_TD if mask_T is None else x_TD.masked_fill(~mask_T[:, None], 0.0)
+
+
+def require_experts(*, num_experts: int, k: int) -> None:
+    """Refuse a choice of k experts that cannot be made."""
+    if num_experts < 1:
+        raise ValueError(f"num_experts ({num_experts}) must be at least 1")
+    if not 1 <= k <= num_experts:
+        raise ValueError(f"k ({k}) must be between 1 and num_experts ({num_experts})")

@@ -1,0 +1,88 @@
+"""The grouped product as one operator: autograd to any order, autocast, fake tensors, no graph break.
+
+`F.grouped_mm` cannot be called directly: its fake kernel refuses all but bfloat16 on torch 2.11 to 2.13, it has
+no float64, and its backward fails on expanded gradients. Here each expert's rows go through one `mm` into place,
+which on CPU is also the faster of the two.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def grouped_product(rows_ND: Tensor, weight_EDH: Tensor, end_E: Tensor) -> Tensor:
+    """Multiply each expert's rows by its matrix: out[r] = rows[r] @ weight[e] for the rows r of expert e.
+
+    rows_ND: in expert order. weight_EDH: one matrix per expert, of the rows' dtype unless autocast is on.
+    end_E: int64, one past each expert's last row. Returns [N, H]; zeros for the rows past the last end.
+    """
+    device = rows_ND.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        rows_ND, weight_EDH = rows_ND.to(dtype), weight_EDH.to(dtype)
+    return _product(rows_ND, weight_EDH, end_E)
+
+
+def _groups(end_E: Tensor) -> Iterator[tuple[int, int, int]]:
+    """Expert, first row and end of each group; on a GPU this waits for the counts."""
+    start = 0
+    for expert, end in enumerate(end_E.tolist()):
+        yield expert, start, end
+        start = end
+
+
+@torch.library.custom_op("sparsegate::grouped_product", mutates_args=())
+def _product(rows_ND: Tensor, weight_EDH: Tensor, end_E: Tensor) -> Tensor:
+    out_NH = rows_ND.new_empty(rows_ND.shape[0], weight_EDH.shape[2])
+    used = 0
+    for expert, start, used in _groups(end_E):
+        if used > start:
+            torch.mm(rows_ND[start:used], weight_EDH[expert], out=out_NH[start:used])
+    out_NH[used:].zero_()
+    return out_NH
+
+
+@torch.library.custom_op("sparsegate::grouped_outer", mutates_args=())
+def _outer(left_ND: Tensor, right_NH: Tensor, end_E: Tensor) -> Tensor:
+    """Sum of outer products per expert, the weight's gradient: out[e] = left[rows of e]^T @ right[rows of e]."""
+    out_EDH = left_ND.new_empty(end_E.shape[0], left_ND.shape[1], right_NH.shape[1])
+    for expert, start, end in _groups(end_E):
+        if end > start:
+            torch.mm(left_ND[start:end].T, right_NH[start:end], out=out_EDH[expert])
+        else:
+            out_EDH[expert].zero_()
+    return out_EDH
+
+
+@_product.register_fake
+def _(rows_ND: Tensor, weight_EDH: Tensor, end_E: Tensor) -> Tensor:
+    return rows_ND.new_empty(rows_ND.shape[0], weight_EDH.shape[2])
+
+
+@_outer.register_fake
+def _(left_ND: Tensor, right_NH: Tensor, end_E: Tensor) -> Tensor:
+    return left_ND.new_empty(end_E.shape[0], left_ND.shape[1], right_NH.shape[1])
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _product_backward(ctx: Any, grad_NH: Tensor) -> tuple[Tensor | None, ...]:
+    rows_ND, weight_EDH, end_E = ctx.saved_tensors
+    grad_rows_ND = _product(grad_NH, weight_EDH.transpose(1, 2), end_E) if ctx.needs_input_grad[0] else None
+    grad_weight_EDH = _outer(rows_ND, grad_NH, end_E) if ctx.needs_input_grad[1] else None
+    return grad_rows_ND, grad_weight_EDH, None
+
+
+def _outer_backward(ctx: Any, grad_EDH: Tensor) -> tuple[Tensor | None, ...]:
+    left_ND, right_NH, end_E = ctx.saved_tensors
+    grad_left_ND = _product(right_NH, grad_EDH.transpose(1, 2), end_E) if ctx.needs_input_grad[0] else None
+    grad_right_NH = _product(left_ND, grad_EDH, end_E) if ctx.needs_input_grad[1] else None
+    return grad_left_ND, grad_right_NH, None
+
+
+_product.register_autograd(_product_backward, setup_context=_save_inputs)
+_outer.register_autograd(_outer_backward, setup_context=_save_inputs)

@@ -1,0 +1,118 @@
+"""Routing: who goes where, with what weight. BalanceSums: what the balance losses need to know about it."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalanceSums:
+    """Sums over tokens that the balance losses are functions of; `a + b` are the sums of the joined batch.
+
+    The paper balances over the whole synchronous batch, and the mean of CV² over parts is not the CV² of the
+    whole: micro-batches and ranks add their sums first, and the losses square afterwards.
+
+    importance_E: sum of the gate's weights per expert (eq. 6), float, differentiable.
+    count_E: number of tokens sent to each expert, int64.
+    load_E: smooth estimate of `count_E` (eq. 10), float, differentiable; the counts themselves where no
+        smooth estimate exists (no noise, or every expert chosen).
+    num_tokens: number of real tokens, int64 scalar.
+    """
+
+    importance_E: Tensor
+    count_E: Tensor
+    load_E: Tensor
+    num_tokens: Tensor
+
+    def __add__(self, other: "BalanceSums") -> "BalanceSums":
+        return BalanceSums(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+    @property
+    def sums(self) -> "BalanceSums":
+        """Itself, so that a loss reads `.sums` of a Routing and of BalanceSums alike."""
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """The sparse T x E matrix G(x) of eq. 1, kept as its N = T * pairs_per_token entries in token-major order.
+
+    A pair that is not used (padding) has `expert_N == num_experts` and weight 0. All shapes follow from the
+    shape of the input, never from its values.
+
+    token_N: int64, the token of each pair. expert_N: int64, its expert. weight_N: float32 or float64, G(x)_i,
+    differentiable. sums: what the balance losses need.
+    """
+
+    token_N: Tensor
+    expert_N: Tensor
+    weight_N: Tensor
+    sums: BalanceSums
+    num_experts: int
+    pairs_per_token: int
+
+    @staticmethod
+    def of_token_choice(
+        *, expert_TK: Tensor, weight_TK: Tensor, mask_T: Tensor | None, num_experts: int, load_E: Tensor | None
+    ) -> "Routing":
+        """The routing in which every real token goes to the K experts of its row.
+
+        expert_TK: int64, no expert twice in a row. weight_TK: their weights. mask_T: bool, true for real tokens.
+        load_E: the smooth load where the gate has one, else the hard counts stand in for it.
+        """
+        num_tokens, pairs_per_token = expert_TK.shape
+        if mask_T is not None:
+            expert_TK = expert_TK.masked_fill(~mask_T[:, None], num_experts)
+            weight_TK = weight_TK.masked_fill(~mask_T[:, None], 0.0)
+        expert_N, weight_N = expert_TK.flatten(), weight_TK.flatten()
+        count_E = _sum_by_expert(torch.ones_like(expert_N), expert_N, num_experts)
+        sums = BalanceSums(
+            importance_E=_sum_by_expert(weight_N, expert_N, num_experts),
+            count_E=count_E,
+            load_E=count_E.to(weight_N.dtype) if load_E is None else load_E,
+            num_tokens=count_E.new_tensor(num_tokens) if mask_T is None else mask_T.sum(),
+        )
+        token_T = torch.arange(num_tokens, device=expert_N.device)
+        return Routing(
+            token_N=token_T[:, None].expand(-1, pairs_per_token).flatten(),
+            expert_N=expert_N,
+            weight_N=weight_N,
+            sums=sums,
+            num_experts=num_experts,
+            pairs_per_token=pairs_per_token,
+        )
+
+
+def _sum_by_expert(value_N: Tensor, expert_N: Tensor, num_experts: int) -> Tensor:
+    """Sum the values of each expert's pairs; the unused pairs fall into a bin of their own, which is cut off."""
+    return value_N.new_zeros(num_experts + 1).scatter_add(0, expert_N, value_N)[:num_experts]
+
+
+def _register(cls: type, tensor_fields: tuple[str, ...], static_fields: tuple[str, ...]) -> None:
+    """Make a named value a pytree, so that export, compile and FSDP hooks see the tensors inside it."""
+
+    def flatten(value: Any) -> tuple[list[Any], tuple[int, ...]]:
+        return [getattr(value, f) for f in tensor_fields], tuple(getattr(value, f) for f in static_fields)
+
+    def unflatten(tensors: Any, static: tuple[int, ...]) -> Any:
+        return cls(**dict(zip(tensor_fields, tensors, strict=True)), **dict(zip(static_fields, static, strict=True)))
+
+    pytree.register_pytree_node(
+        cls,
+        flatten,
+        unflatten,
+        serialized_type_name=f"sparsegate.{cls.__name__}",
+        to_dumpable_context=list,
+        from_dumpable_context=tuple,
+        flatten_with_keys_fn=lambda value: (
+            [(pytree.GetAttrKey(f), getattr(value, f)) for f in tensor_fields],
+            tuple(getattr(value, f) for f in static_fields),
+        ),
+    )
+
+
+_register(BalanceSums, ("importance_E", "count_E", "load_E", "num_tokens"), ())
+_register(Routing, ("token_N", "expert_N", "weight_N", "sums"), ("num_experts", "pairs_per_token"))
