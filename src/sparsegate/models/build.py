@@ -1,0 +1,51 @@
+"""From a config to a model."""
+
+import torch
+
+from ..moe.layer import MoE
+from .config import FeedForwardLM, LanguageModelConfig, MixtureLM
+from .language_model import LanguageModel
+from .layers import Dense, Layer, Mixture, Recurrent
+
+
+def build(
+    config: LanguageModelConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> LanguageModel:
+    """Build the model, freshly initialised; on the device "meta" without allocating its weights."""
+
+    def recurrent() -> Recurrent:
+        return Recurrent(
+            width=config.width,
+            units=config.lstm_units,
+            projection=config.lstm_projection,
+            bias=config.lstm_bias,
+            device=device,
+            dtype=dtype,
+        )
+
+    layers: dict[str, Layer]
+    match config:
+        case MixtureLM():
+            moe = MoE.noisy_topk(
+                width=config.width,
+                hidden=config.hidden,
+                num_experts=config.num_experts,
+                k=config.k,
+                noise_epsilon=config.noise_epsilon,
+                device=device,
+                dtype=dtype,
+            )
+            layers = {"lstm1": recurrent(), "moe": Mixture(moe), "lstm2": recurrent()}
+        case FeedForwardLM():
+            dense = Dense(width=config.width, hidden=config.hidden, device=device, dtype=dtype)
+            layers = {"lstm1": recurrent(), "dense": dense, "lstm2": recurrent()}
+        case _:
+            layers = {f"lstm{i + 1}": recurrent() for i in range(config.num_layers)}
+    return LanguageModel(
+        vocab_size=config.vocab_size,
+        width=config.width,
+        layers=layers,
+        dropout=config.dropout,
+        device=device,
+        dtype=dtype,
+    )

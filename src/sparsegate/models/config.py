@@ -1,0 +1,78 @@
+"""What a language model is made of: one frozen dataclass per kind."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Common:
+    vocab_size: int = field(metadata={"doc": "number of entries in the vocabulary; set by the dataset"})
+    width: int = field(metadata={"doc": "of the embedding and of every layer's input and output"})
+    lstm_units: int = field(metadata={"doc": "of each LSTM"})
+    lstm_projection: int = field(
+        default=0, metadata={"doc": "output width of each LSTM if it projects its units, else 0"}
+    )
+    lstm_bias: bool = field(
+        default=False, metadata={"doc": "biases in the LSTMs; the paper's parameter counts leave no room for them"}
+    )
+    dropout: float = field(metadata={"doc": "share of each layer's outputs that is dropped in training"})
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "width", "lstm_units"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} ({getattr(self, name)}) must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout ({self.dropout}) must be at least 0 and below 1")
+        output = self.lstm_projection or self.lstm_units
+        if output != self.width:
+            raise ValueError(
+                f"model.width ({self.width}) must equal the LSTMs' output ({output}), for the residual connections; "
+                f"set model.lstm-projection {self.width} or model.lstm-units {self.width}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureLM(_Common):
+    """LSTM, mixture of experts, LSTM: the paper's language model."""
+
+    kind: Literal["mixture"] = "mixture"
+    num_experts: int = field(metadata={"doc": "E"})
+    k: int = field(metadata={"doc": "experts per token"})
+    hidden: int = field(metadata={"doc": "hidden width of each expert"})
+    noise_epsilon: float = field(
+        default=0.0, metadata={"doc": "added to the gate noise's deviation (paper 0, its authors' code 0.01)"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.k <= self.num_experts:
+            raise ValueError(f"model.k ({self.k}) must be between 1 and model.num-experts ({self.num_experts})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedForwardLM(_Common):
+    """LSTM, one dense feed-forward network, LSTM: MoE-1-Wide and MoE-1-Deep."""
+
+    kind: Literal["feed_forward"] = "feed_forward"
+    hidden: tuple[int, ...] = field(metadata={"doc": "widths of the hidden ReLU layers"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.hidden or min(self.hidden) < 1:
+            raise ValueError(f"model.hidden ({self.hidden}) must name at least one layer of at least one unit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecurrentLM(_Common):
+    """LSTMs alone: 4xLSTM-512, LSTM-2048-512."""
+
+    kind: Literal["recurrent"] = "recurrent"
+    num_layers: int = field(metadata={"doc": "number of LSTMs"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_layers < 1:
+            raise ValueError(f"model.num-layers ({self.num_layers}) must be at least 1")
+
+
+LanguageModelConfig = MixtureLM | FeedForwardLM | RecurrentLM

@@ -1,0 +1,82 @@
+"""The language model: embedding, residual layers, softmax (section 5.1 and appendix C of the paper)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..moe.routing import Routing
+from .layers import Layer, LSTMState
+from .softmax import FullSoftmax
+
+State = dict[str, LSTMState]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelOutput:
+    """hidden_BSD: input of the softmax. state, routings: by layer name, for the layers that have one."""
+
+    hidden_BSD: Tensor
+    state: State
+    routings: dict[str, Routing]
+
+
+class LanguageModel(nn.Module):
+    """x_0 = dropout(embedding), x_i = x_{i-1} + dropout(layer_i(x_{i-1})), softmax of the last.
+
+    Every layer except the softmax has dropout on its output, and then the output of the layer before is added
+    (appendix C.1). The embedding and the softmax are separate tables.
+
+    layers: by name, in order; the names stand in checkpoints and key the states and routings.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        width: int,
+        layers: Mapping[str, Layer],
+        dropout: float,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, width, device=device, dtype=dtype)
+        self.layers = nn.ModuleDict(layers)
+        self.dropout = nn.Dropout(dropout)
+        self.softmax = FullSoftmax(vocab_size=vocab_size, width=width, device=device, dtype=dtype)
+
+    def forward(
+        self,
+        input_BS: Tensor,
+        *,
+        state: State | None = None,
+        mask_BS: Tensor | None = None,
+        noise: Mapping[str, Tensor] | None = None,
+    ) -> LanguageModelOutput:
+        """Hidden layer from which `softmax` predicts the token after each input token.
+
+        input_BS: int64 token ids. state: carried from the call on the tokens before (None: a start). mask_BS:
+        bool, true for real tokens. noise: by layer name, [B, S, noise_width] standard normal; the gates draw
+        their own where it is None.
+        """
+        x_BSD = self.dropout(self.embedding(input_BS))
+        new_state: State = {}
+        routings: dict[str, Routing] = {}
+        for name, layer in self.layers.items():
+            out = layer(x_BSD, (state or {}).get(name), mask_BS, (noise or {}).get(name))
+            x_BSD = x_BSD + self.dropout(out.y_BSD)
+            if out.state is not None:
+                new_state[name] = out.state
+            if out.routing is not None:
+                routings[name] = out.routing
+        return LanguageModelOutput(hidden_BSD=x_BSD, state=new_state, routings=routings)
+
+    def noise_widths(self) -> dict[str, int]:
+        """Standard normal draws per token that each layer's gate uses in training, by layer name."""
+        return {name: layer.noise_width for name, layer in self.layers.items() if layer.noise_width}
+
+    def ops_per_token(self) -> int:
+        """Multiply-adds per token without the softmax: the "ops/timestep" of the paper's tables 7 and 8."""
+        return sum(layer.ops_per_token() for layer in self.layers.values())

@@ -1,0 +1,134 @@
+"""The layers that a language model is stacked from; one interface for recurrent, dense and sparse ones."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..moe.layer import MoE
+from ..moe.routing import Routing
+
+LSTMState = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerOutput:
+    """y_BSD: the layer's output. state: what a recurrent layer carries on. routing: what a sparse layer decided."""
+
+    y_BSD: Tensor
+    state: LSTMState | None = None
+    routing: Routing | None = None
+
+
+class Layer(nn.Module, ABC):
+    """Maps [B, S, width] to [B, S, width]. noise_width: standard normal draws per token, 0 for most layers."""
+
+    noise_width: int = 0
+
+    @abstractmethod
+    def forward(
+        self, x_BSD: Tensor, state: LSTMState | None, mask_BS: Tensor | None, noise: Tensor | None
+    ) -> LayerOutput:
+        """state: carried from the tokens before, None for a start. mask_BS: true for real tokens."""
+
+    @abstractmethod
+    def ops_per_token(self) -> int:
+        """Multiply-adds per token in the forward pass: the paper's metric."""
+
+
+class Recurrent(Layer):
+    """An LSTM, projected if `projection` is not 0 (Sak et al. 2014): its projected output feeds the next step."""
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        units: int,
+        projection: int,
+        bias: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(
+            width, units, bias=bias, proj_size=projection, batch_first=True, device=device, dtype=dtype
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform within 1/sqrt(units) as torch does; the forget gates' bias, where there is one, starts at 1."""
+        self.lstm.reset_parameters()
+        units = self.lstm.hidden_size
+        if self.lstm.bias:
+            with torch.no_grad():
+                self.lstm.bias_hh_l0.zero_()
+                self.lstm.bias_ih_l0.zero_()
+                self.lstm.bias_ih_l0[units : 2 * units] = 1.0
+
+    def forward(
+        self, x_BSD: Tensor, state: LSTMState | None, mask_BS: Tensor | None, noise: Tensor | None
+    ) -> LayerOutput:
+        y_BSD, state = self.lstm(x_BSD, state)
+        return LayerOutput(y_BSD=y_BSD, state=state)
+
+    def ops_per_token(self) -> int:
+        return sum(p.numel() for name, p in self.lstm.named_parameters() if name.startswith("weight"))
+
+
+class Mixture(Layer):
+    """sigmoid(MoE(x)), applied to all time steps at once (section 3.1, "convolutionality"; appendix C.1, sigmoid)."""
+
+    def __init__(self, moe: MoE) -> None:
+        super().__init__()
+        self.moe = moe
+        self.noise_width = moe.gate.noise_width
+
+    def forward(
+        self, x_BSD: Tensor, state: LSTMState | None, mask_BS: Tensor | None, noise: Tensor | None
+    ) -> LayerOutput:
+        y_BSD, routing = self.moe(x_BSD, mask_BS, noise)
+        return LayerOutput(y_BSD=y_BSD.sigmoid(), routing=routing)
+
+    def ops_per_token(self) -> int:
+        return self.moe.ops_per_token()
+
+
+class Dense(Layer):
+    """sigmoid(FF(x)), FF a stack of ReLU layers without biases: the mixture's single, always active expert."""
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        hidden: Sequence[int],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        widths = [width, *hidden, width]
+        self.linears = nn.ModuleList(
+            nn.Linear(i, o, bias=False, device=device, dtype=dtype)
+            for i, o in zip(widths[:-1], widths[1:], strict=True)
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As the experts': normal, variance 2/fan_in before a ReLU and 1/fan_in for the last layer."""
+        *before_relu, last = self.linears
+        for linear in before_relu:
+            nn.init.normal_(linear.weight, std=(2 / linear.in_features) ** 0.5)
+        nn.init.normal_(last.weight, std=last.in_features**-0.5)
+
+    def forward(
+        self, x_BSD: Tensor, state: LSTMState | None, mask_BS: Tensor | None, noise: Tensor | None
+    ) -> LayerOutput:
+        *before_relu, last = self.linears
+        y = x_BSD
+        for linear in before_relu:
+            y = linear(y).relu()
+        return LayerOutput(y_BSD=last(y).sigmoid())
+
+    def ops_per_token(self) -> int:
+        return sum(linear.weight.numel() for linear in self.linears)
