@@ -1,0 +1,194 @@
+"""The safetensors format as a stream: written without a second copy in memory, read once while it is hashed.
+
+The safetensors library takes whole files, whose bytes would have to be read a second time for their digest. The
+format is a header (8 bytes of length, then JSON of names, dtypes, shapes and offsets) and the tensors' bytes. Any
+safetensors reader opens these files; the reader here takes a subset of what the library takes.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from reprlib import repr as short_repr
+from typing import Protocol, TypeGuard
+
+import torch
+from torch import Tensor
+
+from .strict_json import MAX_JSON_BYTES, Json, is_count, parse_json
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_ALIGNMENT = 8
+
+assert sys.byteorder == "little", "safetensors is little-endian, and tensors go out as they lie in memory"
+
+
+class Reader(Protocol):
+    """What `read_tensors` reads from: `size` bytes in all, at the beginning."""
+
+    size: int
+
+    def read(self, count: int) -> bytearray: ...
+
+    def read_into(self, buffer: memoryview) -> None: ...
+
+
+@dataclass(frozen=True)
+class EncodedTensors:
+    """A safetensors file before it is written: its header, and its tensors in the order of their bytes."""
+
+    header: bytes
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
+
+    def chunks(self) -> Iterator[bytes | memoryview]:
+        """The file's bytes. Tensors on a device are copied to memory one at a time."""
+        yield self.header
+        for tensor in self.tensors:
+            plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+            yield memoryview(_bytes_of(plain).numpy())
+
+
+def encode_tensors(tensors: Mapping[str, Tensor], *, name: str) -> EncodedTensors:
+    """Lay out `tensors` as one file; nothing is copied or written yet.
+
+    Raises:
+        ValueError: naming the tensor (`name` and its own) that the format cannot hold.
+    """
+    for key, tensor in tensors.items():
+        _check_tensor(key, tensor, name)
+    # Larger items first, so that every tensor begins at a multiple of its item size.
+    order = sorted(tensors, key=lambda key: -tensors[key].element_size())
+    offsets, end = {}, 0
+    for key in order:
+        begin, end = end, end + tensors[key].nbytes
+        offsets[key] = [begin, end]
+    header = {
+        key: {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets[key]}
+        for key, tensor in tensors.items()
+    }
+    text = json.dumps(header, separators=(",", ":")).encode("ascii")
+    text += b" " * (-len(text) % _ALIGNMENT)
+    if len(text) > MAX_JSON_BYTES:
+        raise ValueError(
+            f"{name}: the header of {len(tensors):,} tensors is over {MAX_JSON_BYTES:,} bytes; stack them"
+        )
+    return EncodedTensors(len(text).to_bytes(8, "little") + text, tuple(tensors[key] for key in order))
+
+
+def read_tensors(reader: Reader) -> dict[str, Tensor]:
+    """The tensors of a safetensors file on the CPU, each in memory of its own, in the order of the header.
+
+    Raises:
+        ValueError: one line, without the file's name, which the caller knows.
+    """
+    length = int.from_bytes(reader.read(8), "little")
+    if length > min(MAX_JSON_BYTES, reader.size - 8):
+        raise ValueError(
+            f"a header of {length:,} bytes does not fit: not a safetensors file, or a truncated one"
+        )
+    header = parse_json(reader.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("the header is not a JSON object")
+    regions = {key: _Region.parse(key, entry) for key, entry in header.items() if key != "__metadata__"}
+    order = sorted(regions, key=lambda key: (regions[key].begin, regions[key].end))
+    _check_tiling([regions[key] for key in order], reader.size - 8 - length)
+    tensors = {key: regions[key].allocate() for key in regions}
+    for key in order:
+        view = _bytes_of(tensors[key])
+        reader.read_into(memoryview(view.numpy()))
+        if tensors[key].dtype == torch.bool and bool((view > 1).any()):
+            raise ValueError(f"tensor {short_repr(key)} of truth values holds bytes other than 0 and 1")
+    return tensors
+
+
+@dataclass(frozen=True)
+class _Region:
+    """Where one tensor lies: bytes [begin, end) after the header."""
+
+    name: str
+    dtype: torch.dtype
+    shape: list[int]
+    begin: int
+    end: int
+
+    @classmethod
+    def parse(cls, name: str, entry: Json) -> "_Region":
+        where = f"tensor {short_repr(name)}"
+        match entry:
+            case {"dtype": str(dtype), "shape": shape, "data_offsets": [begin, end], **rest} if not rest:
+                pass
+            case _:
+                raise ValueError(f"{where} does not have a dtype, a shape and data_offsets in the header")
+        if not name.isprintable() or dtype not in DTYPES:
+            raise ValueError(f"{where} has an unprintable name or the unknown dtype {short_repr(dtype)}")
+        if not _are_counts(shape) or not is_count(begin) or not is_count(end):
+            raise ValueError(f"{where} has a shape or data_offsets that are not counts")
+        if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+            raise ValueError(f"{where} of shape {short_repr(shape)} does not fill bytes {begin} to {end}")
+        return cls(name, DTYPES[dtype], shape, begin, end)
+
+    def allocate(self) -> Tensor:
+        try:
+            return torch.empty(self.shape, dtype=self.dtype)
+        except (RuntimeError, TypeError, OverflowError):
+            where = f"tensor {short_repr(self.name)}"
+            raise ValueError(f"{where} of shape {short_repr(self.shape)} cannot be made") from None
+
+
+def _check_tensor(key: object, tensor: object, name: str) -> None:
+    where = f"{name}: tensor {short_repr(key)}"
+    if not isinstance(key, str) or not key.isprintable() or key == "__metadata__":
+        raise ValueError(f"{where} needs a name of printable characters other than __metadata__; rename it")
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{where} is a {type(tensor).__name__}; make it a tensor, or put it into the state")
+    if tensor.layout != torch.strided or tensor.is_meta:
+        raise ValueError(f"{where} is {tensor.layout} on {tensor.device}; make it dense, with values")
+    if tensor.dtype not in _DTYPE_NAMES:
+        raise ValueError(f"{where} is {tensor.dtype}, which safetensors cannot hold; convert it")
+
+
+def _check_tiling(regions: list[_Region], size: int) -> None:
+    end = 0
+    for region in regions:
+        if region.begin != end:
+            raise ValueError(
+                f"tensor {short_repr(region.name)} begins at byte {region.begin} instead of {end}"
+            )
+        end = region.end
+    if end != size:
+        raise ValueError(f"{size:,} bytes of tensors, where the header tells of {end:,}: truncated or padded")
+
+
+def _are_counts(value: Json) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(is_count(entry) for entry in value)
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
