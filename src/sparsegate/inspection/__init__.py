@@ -1,0 +1,1 @@
+"""Inspection: what the experts do."""

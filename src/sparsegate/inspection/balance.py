@@ -1,0 +1,41 @@
+"""How evenly the experts are used: the columns of table 6 of the paper, as numbers for people."""
+
+import torch
+from torch import Tensor
+
+from ..moe.routing import BalanceSums
+
+BALANCE_METRICS = ("cv_importance", "cv_load", "max_over_mean_load", "dead_experts")
+
+
+def balance_metrics(sums: BalanceSums) -> dict[str, float]:
+    """The metrics named in `BALANCE_METRICS`, of one batch or of several whose sums were added.
+
+    cv_importance, cv_load: coefficients of variation (population deviation over mean, not squared) of the gate
+        weights and of the smooth load over the experts. 0 is perfect balance, sqrt(E/k - 1) is collapse onto
+        the same k of E experts.
+    max_over_mean_load: tokens of the busiest expert over the mean, hard counts: 1 is perfect balance, E/k collapse.
+    dead_experts: number of experts that received no token.
+
+    Without any token the first three are 0 and every expert is dead. Sums that are not finite give nan.
+    Copies the sums to the host, which waits for the device.
+    """
+    importance_E, load_E, count_E = (
+        value_E.detach().cpu().double() for value_E in (sums.importance_E, sums.load_E, sums.count_E)
+    )
+    return {
+        "cv_importance": _cv(importance_E),
+        "cv_load": _cv(load_E),
+        "max_over_mean_load": _over_mean(count_E.max(), count_E),
+        "dead_experts": float((count_E == 0).sum()),
+    }
+
+
+def _cv(value_E: Tensor) -> float:
+    return _over_mean(value_E.std(correction=0), value_E)
+
+
+def _over_mean(value: Tensor, value_E: Tensor) -> float:
+    """`value` over the mean of `value_E`, all of whose entries are at least 0; 0 where they are all 0."""
+    mean = value_E.mean()
+    return float(torch.where(mean == 0, 0.0, value / mean))

@@ -1,0 +1,147 @@
+"""What a person sees of a run while it trains, and what stays of it in the run's folder."""
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from torch import Tensor
+
+from ..inspection.balance import balance_metrics
+from ..moe.routing import BalanceSums
+from .display import Display
+from .log import EventFile, JsonLog, Line
+
+
+class Reporter:
+    """Shows a run on the console and keeps its numbers in `log.jsonl` and `tensorboard/`, under the same names.
+
+    folder: of the run; it exists. total_steps: of the whole run, so also of what was done before a resume. name: what the
+    display calls the run. log_every: steps between two lines of the log; the first and the last step have one too.
+    console: None shows nothing; where it is not a terminal, it gets a plain line now and then.
+
+    Steps are counted from 1: `step` is the number of optimizer steps done. A line of the log has `kind` ("step",
+    "evaluation", or an event's), `step`, `time` (seconds since 1970) and the values. Numbers that are not finite
+    are the strings "nan", "inf" and "-inf". The metrics of a step are named `train/NAME`, those of an evaluation
+    `valid/NAME`, those of a layer's experts `LAYER/NAME`.
+
+    A log that cannot be written (full disk) is no reason to stop training: it is said once, and the lines that the
+    disk refuses are missing from the file.
+    """
+
+    def __init__(
+        self, *, folder: Path, total_steps: int, name: str, log_every: int, console: Console | None
+    ) -> None:
+        self._log = JsonLog(path=folder / "log.jsonl")
+        self._events = EventFile(folder=folder / "tensorboard")
+        self._display = Display(name=name, total_steps=total_steps, console=console)
+        self._total_steps, self._log_every = total_steps, log_every
+        self._step = 0
+        self._tokens: float | Tensor = 0
+        self._since = time.monotonic()
+        self._told = False
+
+    def __enter__(self) -> "Reporter":
+        self._display.start()
+        self._since = time.monotonic()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._display.stop()
+
+    def resume_at(self, step: int) -> None:
+        """Continue the log of a run that is resumed after `step` steps: forget what was logged of later ones.
+
+        After it the log goes on as if the run had never stopped; only times and speeds tell.
+
+        Raises:
+            OSError: the log cannot be read or shortened.
+        """
+        for line in self._log.truncate_after(step):
+            self._display.show(line)
+        self._events.purge_from(step + 1)
+        self._display.resume_at(step)
+        self._step = step
+
+    def step(
+        self, step: int, metrics: Mapping[str, float | Tensor], balance: Mapping[str, BalanceSums] | None = None
+    ) -> None:
+        """Report an optimizer step. Reads values from the device only where the step is logged.
+
+        metrics: numbers or scalar tensors. `loss` is in nats per token, and its exponential is reported as
+        `perplexity`. `tokens` is the number of real tokens in this step, from which comes `tokens_per_second` since
+        the line before, without what passed in `doing`. All others are reported as they are.
+        balance: sums of this step's gates, by layer name.
+        """
+        self._step = step
+        self._tokens = self._tokens + metrics.get("tokens", 0)
+        if step % self._log_every == 0 or step in (1, self._total_steps):
+            self._write("step", self._step_values(metrics, balance or {}))
+        self._display.advance(step)
+
+    def evaluation(self, step: int, metrics: Mapping[str, float | Tensor]) -> None:
+        """Report an evaluation on held-out text. metrics: as in `step`, `loss` decides which is best."""
+        self._step = step
+        self._write("evaluation", _with_perplexity("valid/", metrics))
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Report what happens between steps ("checkpoint", "skipped", "resume", ...), with plain values.
+
+        Its step is the one reported last, unless `step` is among the fields.
+        """
+        self._write(kind, {"step": self._step} | fields)
+
+    @contextmanager
+    def doing(self, activity: str) -> Iterator[None]:
+        """Show what keeps the run from training ("evaluating"), and leave its time out of the speed."""
+        began = time.monotonic()
+        self._display.activity = activity
+        try:
+            yield
+        finally:
+            self._display.activity = ""
+            self._since += time.monotonic() - began
+
+    def _step_values(
+        self, metrics: Mapping[str, float | Tensor], balance: Mapping[str, BalanceSums]
+    ) -> dict[str, float]:
+        values = _with_perplexity("train/", metrics)
+        for layer, sums in balance.items():
+            values |= {f"{layer}/{key}": value for key, value in balance_metrics(sums).items()}
+        now = time.monotonic()  # after the values were read, so after the device has finished this step
+        if "tokens" in metrics:
+            values["train/tokens_per_second"] = float(self._tokens) / (now - self._since)
+        self._tokens, self._since = 0, now
+        return values
+
+    def _write(self, kind: str, values: Mapping[str, Any]) -> None:
+        line: Line = {"kind": kind, "step": self._step, "time": time.time()} | values
+        self._display.show(line)
+        try:
+            self._log.append(line)
+            if kind in ("step", "evaluation"):
+                self._events.append(step=line["step"], wall_time=line["time"], values=values)
+        except OSError as error:
+            if not self._told:
+                self._told = True
+                self._display.say(f"cannot write the log, training goes on without: {error}")
+
+
+def _with_perplexity(prefix: str, metrics: Mapping[str, float | Tensor]) -> dict[str, float]:
+    values = {prefix + key: float(value) for key, value in metrics.items()}
+    if "loss" in metrics:
+        values[prefix + "perplexity"] = _exp(values[prefix + "loss"])
+    return values
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
