@@ -1,0 +1,1 @@
+"""Named runs, and what can be said of them before they run."""

@@ -1,0 +1,35 @@
+"""All recipes by name."""
+
+from collections.abc import Callable
+
+from sparsegate.training.config import RunConfig
+from sparsegate.training.overrides import did_you_mean
+
+from . import paper, small
+
+_FUNCTIONS: tuple[Callable[[], RunConfig], ...] = (
+    paper.moe_4,
+    paper.moe_32,
+    paper.moe_256,
+    paper.moe_1_wide,
+    paper.moe_1_deep,
+    paper.four_lstm_512,
+    paper.lstm_2048_512,
+    small.small_moe_4,
+    small.small_moe_32,
+    small.small_moe_256,
+    small.small_moe_1_wide,
+    small.small_moe_1_deep,
+    small.small_4xlstm,
+    small.small_lstm,
+)
+RECIPES: dict[str, Callable[[], RunConfig]] = {function().name: function for function in _FUNCTIONS}
+
+
+def recipe(name: str) -> RunConfig:
+    """The configuration of a named run. ValueError for a name that is none."""
+    if name not in RECIPES:
+        raise ValueError(
+            f"{name}: no such recipe{did_you_mean(name, RECIPES)} (there are: {', '.join(RECIPES)})"
+        )
+    return RECIPES[name]()

@@ -1,0 +1,74 @@
+"""The paper's models at a quarter of their width: each trains on two CPU cores in minutes.
+
+Widths are 128 for 512, 256 for 1024 and so on, so that all of them have the same multiply-adds per word as each
+other, as the paper's have. Unlike those they have biases in the LSTMs and read text as continuous streams.
+"""
+
+from typing import Any
+
+from sparsegate.models import FeedForwardLM, LanguageModelConfig, MixtureLM, RecurrentLM
+from sparsegate.training.config import ContinuousConfig, OptimConfig, RunConfig, TrainingConfig
+
+VOCABULARY = 8192  # subwords; a dataset brings its own
+WIDTH = 128
+DROPOUT = 0.1
+
+
+def _run(name: str, model: LanguageModelConfig) -> RunConfig:
+    return RunConfig(
+        name=name,
+        model=model,
+        batches=ContinuousConfig(batch_size=32, num_steps=32),
+        optim=OptimConfig(learning_rate=4e-3, warmup_steps=200),
+        training=TrainingConfig(steps=2000, evaluate_every=500),
+    )
+
+
+def _common(units: int = WIDTH, projection: int = 0) -> dict[str, Any]:
+    return dict(
+        vocab_size=VOCABULARY,
+        width=WIDTH,
+        lstm_units=units,
+        lstm_projection=projection,
+        lstm_bias=True,
+        dropout=DROPOUT,
+    )
+
+
+def _mixture(name: str, num_experts: int) -> RunConfig:
+    return _run(name, MixtureLM(**_common(), num_experts=num_experts, k=4, hidden=256))
+
+
+def small_moe_4() -> RunConfig:
+    """moe-4 at width 128."""
+    return _mixture("small-moe-4", 4)
+
+
+def small_moe_32() -> RunConfig:
+    """moe-32 at width 128."""
+    return _mixture("small-moe-32", 32)
+
+
+def small_moe_256() -> RunConfig:
+    """moe-256 at width 128."""
+    return _mixture("small-moe-256", 256)
+
+
+def small_moe_1_wide() -> RunConfig:
+    """moe-1-wide at width 128: hidden 1024."""
+    return _run("small-moe-1-wide", FeedForwardLM(**_common(), hidden=(1024,)))
+
+
+def small_moe_1_deep() -> RunConfig:
+    """moe-1-deep at width 128: four hidden layers of 256."""
+    return _run("small-moe-1-deep", FeedForwardLM(**_common(), hidden=(256,) * 4))
+
+
+def small_4xlstm() -> RunConfig:
+    """4xlstm-512 at width 128."""
+    return _run("small-4xlstm", RecurrentLM(**_common(), num_layers=4))
+
+
+def small_lstm() -> RunConfig:
+    """lstm-2048-512 at width 128: 512 units, projected."""
+    return _run("small-lstm", RecurrentLM(**_common(units=4 * WIDTH, projection=WIDTH), num_layers=1))

@@ -1,0 +1,133 @@
+"""What a run is: one frozen configuration, saved beside what it made."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from sparsegate.models import LanguageModelConfig
+
+
+def option(doc: str, default: Any) -> Any:
+    """A field of a configuration that has a default, with the line that explains it."""
+    return field(default=default, metadata={"doc": doc})
+
+
+def require(condition: bool, name: str, value: object, what: str) -> None:
+    """Refuse a field's value in one line."""
+    if not condition:
+        raise ValueError(f"{name} ({value}) must be {what}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContinuousConfig:
+    """Text as a few endless streams, with the LSTMs' state carried on."""
+
+    kind: Literal["continuous"] = "continuous"
+    batch_size: int = option("streams that run side by side", 32)
+    num_steps: int = option("tokens of each stream in a batch", 32)
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, "batches.batch-size", self.batch_size, "at least 1")
+        require(self.num_steps >= 1, "batches.num-steps", self.num_steps, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentencesConfig:
+    """Shuffled sentences, each from a fresh state: the paper's batches."""
+
+    kind: Literal["sentences"] = "sentences"
+    batch_words: int = option("tokens in a batch, about", 4096)
+    max_length: int = option("longer sentences are cut into pieces of this many tokens", 128)
+
+    def __post_init__(self) -> None:
+        require(self.max_length >= 1, "batches.max-length", self.max_length, "at least 1")
+        require(
+            self.batch_words >= self.max_length,
+            "batches.batch-words",
+            self.batch_words,
+            f"at least batches.max-length ({self.max_length})",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Weights of the balance losses, which are added for each mixture layer."""
+
+    importance: float = option("weight of the importance loss (eq. 7)", 0.1)
+    load: float = option("weight of the load loss (eq. 11)", 0.1)
+
+    def __post_init__(self) -> None:
+        require(self.importance >= 0, "losses.importance", self.importance, "at least 0")
+        require(self.load >= 0, "losses.load", self.load, "at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Adam with a linear warm-up and then 1/sqrt(step). The paper states the schedule and leaves the rest open."""
+
+    learning_rate: float = option("at the end of the warm-up, its greatest value", 1e-3)
+    warmup_steps: int = option("steps of linear warm-up", 1000)
+    beta1: float = option("Adam's decay of the mean gradient", 0.9)
+    beta2: float = option("Adam's decay of the mean squared gradient", 0.999)
+    epsilon: float = option("Adam's term against division by zero", 1e-8)
+    clip_norm: float = option("gradients are scaled down to this global norm", 1.0)
+
+    def __post_init__(self) -> None:
+        require(self.learning_rate > 0, "optim.learning-rate", self.learning_rate, "above 0")
+        require(self.warmup_steps >= 0, "optim.warmup-steps", self.warmup_steps, "at least 0")
+        for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
+            require(0 <= beta < 1, f"optim.{name}", beta, "at least 0 and below 1")
+        require(self.epsilon > 0, "optim.epsilon", self.epsilon, "above 0")
+        require(self.clip_norm > 0, "optim.clip-norm", self.clip_norm, "above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How long, in what precision, and what is kept."""
+
+    steps: int = option("updates of the weights in all", 10_000)
+    micro_batches: int = option("parts of a batch that go through the model one after the other, to save memory", 1)
+    balance: Literal["batch", "micro_batch"] = option(
+        "what the balance losses are computed over: the whole batch, exactly, at the cost of a second forward pass "
+        "when there are several micro-batches; or each micro-batch by itself, a stricter loss",
+        "batch",
+    )
+    precision: Literal["float32", "bfloat16"] = option("of the products; weights and sums stay float32", "float32")
+    device: Literal["auto", "cpu", "cuda"] = option("auto: cuda where there is one", "auto")
+    evaluate_every: int = option("steps between evaluations on the validation split", 1000)
+    checkpoint_every: int = option("steps between checkpoints", 500)
+    keep_checkpoints: int = option("newest checkpoints that are kept, beside the best", 2)
+    log_every: int = option("steps between lines of the log", 20)
+    max_nonfinite: int = option("steps with a non-finite loss or gradient in a row after which the run stops", 10)
+    skip_batches: tuple[int, ...] = option("batches (by index) that are left out", ())
+    init_from: str = option("run folder whose weights training starts from (fine-tuning)", "")
+    freeze: tuple[str, ...] = option("parameters that stay as they are, by name (* stands for anything)", ())
+
+    def __post_init__(self) -> None:
+        positive = "steps micro_batches evaluate_every checkpoint_every keep_checkpoints log_every max_nonfinite"
+        for name in positive.split():
+            require(getattr(self, name) >= 1, f"training.{name.replace('_', '-')}", getattr(self, name), "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything a run depends on, beside the text itself."""
+
+    name: str = field(metadata={"doc": "of the recipe"})
+    data: str = option("folder of the dataset, made by `sparsegate prepare`", "")
+    data_fingerprint: str = option("of the dataset; filled in when training starts", "")
+    seed: int = option("of the weights, the batches, the dropout and the gates' noise", 1)
+    model: LanguageModelConfig = field(metadata={"doc": "the model"})
+    batches: ContinuousConfig | SentencesConfig = option("the batches", ContinuousConfig())
+    losses: LossConfig = option("the balance losses", LossConfig())
+    optim: OptimConfig = option("the optimizer", OptimConfig())
+    training: TrainingConfig = option("the course of the run", TrainingConfig())
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, "seed", self.seed, "at least 0")
+        if isinstance(self.batches, ContinuousConfig):
+            require(
+                self.training.micro_batches <= self.batches.batch_size,
+                "training.micro-batches",
+                self.training.micro_batches,
+                f"at most batches.batch-size ({self.batches.batch_size})",
+            )

@@ -1,0 +1,257 @@
+"""The training loop: a run from its configuration to its last checkpoint."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from rich.console import Console
+
+from sparsegate.data import ContinuousBatches, Dataset, SentenceBatches
+from sparsegate.evaluation.perplexity import Evaluation, evaluate
+from sparsegate.inspection.balance import balance_metrics
+from sparsegate.models import LanguageModel, build
+from sparsegate.optim.schedule import warmup_then_inverse_sqrt
+
+from .checkpoint import checkpoint_name, latest_checkpoint, load_checkpoint
+from .config import ContinuousConfig, RunConfig
+from .lock import run_lock
+from .noise import derived_seed
+from .reporter import Reporter
+from .run_folder import checkpoints_of, open_run_folder, read_best, saved_steps, write_best
+from .signals import stop_requests
+from .state import TrainState, load_weights
+from .step import Gradient, NonFinite, apply_gradient, compute_gradient
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """How a run ended. stopped_by: the signal that ended it before its last step, or ""."""
+
+    folder: Path
+    state: TrainState
+    evaluation: Evaluation | None
+    stopped_by: str
+
+
+def train(config: RunConfig, *, folder: Path, resume: bool = False, console: Console | None = None) -> TrainResult:
+    """Train the model of a configuration on its dataset, into a folder.
+
+    resume: go on from the newest complete checkpoint of the folder, or start if it has none. On a CPU the run then
+    ends bit for bit as if it had never stopped. console: where progress is shown; None: nowhere.
+
+    Raises ValueError and OSError for what the user can mend, CannotSave when a checkpoint cannot be written, and
+    NonFinite after `training.max_nonfinite` non-finite batches in a row.
+    """
+    dataset = Dataset.open(Path(config.data))
+    folder.mkdir(parents=True, exist_ok=True)
+    with run_lock(folder):
+        config = open_run_folder(folder, config, dataset, resume=resume)
+        with Reporter(
+            folder=folder, total_steps=config.training.steps, name=config.name, console=console
+        ) as reporter, stop_requests() as stop:
+            run = Run(config, dataset, folder, reporter)
+            run.resume_or_start()
+            while not run.finished and not stop():
+                run.step()
+                if run.evaluation_is_due():
+                    run.evaluate()
+                if run.save_is_due() or stop():
+                    run.save()
+            return TrainResult(
+                folder=folder, state=run.state, evaluation=run.last_evaluation, stopped_by="" if run.finished else stop()
+            )
+
+
+class Run:
+    """A run in progress: the verbs of the loop. Single-process; ranks come in from outside."""
+
+    def __init__(self, config: RunConfig, dataset: Dataset, folder: Path, reporter: Reporter) -> None:
+        self.config = config
+        self.folder = folder
+        self.reporter = reporter
+        self.valid = dataset.split("valid")
+        self.batches = make_batches(config, dataset)
+        self.state = make_state(config)
+        self.last_evaluation: Evaluation | None = None
+        self._last_step_at = perf_counter()
+
+    @property
+    def finished(self) -> bool:
+        return self.state.progress.step >= self.config.training.steps
+
+    def resume_or_start(self) -> None:
+        """Take over the newest complete checkpoint; weights to start from count only where there is none."""
+        newest = latest_checkpoint(checkpoints_of(self.folder), warn=self.reporter.warn)
+        if newest is not None:
+            self.state.restore(load_checkpoint(newest))
+            progress = self.state.progress
+            self.reporter.resume_at(progress.step)
+            if progress.best_step:
+                write_best(self.folder, step=progress.best_step, nll=progress.best_nll)
+        elif self.config.training.init_from:
+            start_from(self.state.model, Path(self.config.training.init_from))
+
+    def step(self) -> None:
+        """One batch: an update of the weights, or, where its loss or gradient is not finite, nothing at all."""
+        progress = self.state.progress
+        while progress.batch_index in self.config.training.skip_batches:
+            progress.batch_index += 1
+        batch = self.batches.batch(progress.batch_index)
+        carried = self.state.carried if batch.carries_state else {}
+        gradient = compute_gradient(self.state.model, batch, carried, self.config)
+        progress.batch_index += 1
+        if gradient.finite:
+            self._update(gradient)
+        else:
+            self._skip(gradient, batch.index)
+
+    def _update(self, gradient: Gradient) -> None:
+        progress, optim = self.state.progress, self.config.optim
+        rate = warmup_then_inverse_sqrt(
+            step=progress.step + 1, peak=optim.learning_rate, warmup_steps=optim.warmup_steps
+        )
+        apply_gradient(
+            self.state.model, self.state.optimizer, gradient, learning_rate=rate, clip_norm=optim.clip_norm
+        )
+        self.state.carried = gradient.state
+        progress.step += 1
+        progress.tokens += gradient.num_tokens
+        progress.skipped_in_a_row = 0
+        self._report(gradient, rate)
+
+    def _skip(self, gradient: Gradient, batch_index: int) -> None:
+        progress = self.state.progress
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        self.reporter.event(
+            "skipped", batch=batch_index, loss=gradient.nll, balance=gradient.balance, grad_norm=gradient.norm
+        )
+        if progress.skipped_in_a_row >= self.config.training.max_nonfinite:
+            raise NonFinite(
+                f"loss or gradient was not finite in {progress.skipped_in_a_row} batches in a row, the last of them "
+                f"batch {batch_index} (step {progress.step}, loss {gradient.nll}, gradient norm {gradient.norm}); "
+                f"lower optim.learning-rate ({self.config.optim.learning_rate}); the last checkpoint is intact"
+            )
+
+    def _report(self, gradient: Gradient, rate: float) -> None:
+        now = perf_counter()
+        metrics = {
+            "loss": gradient.nll,
+            "perplexity": math.exp(min(gradient.nll, 700.0)),
+            "learning_rate": rate,
+            "grad_norm": gradient.norm,
+            "tokens_per_second": gradient.num_tokens / (now - self._last_step_at),
+        }
+        self._last_step_at = now
+        step = self.state.progress.step
+        if step % self.config.training.log_every == 0 or self.finished:
+            metrics["tokens"] = self.state.progress.tokens
+            for layer, sums in gradient.sums.items():
+                metrics["balance_loss"] = gradient.balance
+                metrics |= {f"{layer}/{name}": value for name, value in balance_metrics(sums).items()}
+        self.reporter.step(step, metrics)
+
+    def _due(self, every: int) -> bool:
+        progress = self.state.progress
+        return progress.skipped_in_a_row == 0 and (progress.step % every == 0 or self.finished)
+
+    def evaluation_is_due(self) -> bool:
+        return self._due(self.config.training.evaluate_every)
+
+    def save_is_due(self) -> bool:
+        """An evaluation is saved as well, so that the best one has its checkpoint."""
+        return self._due(self.config.training.checkpoint_every) or self.evaluation_is_due()
+
+    def evaluate(self) -> None:
+        """Measure on the validation split, and remember the best."""
+        started = perf_counter()
+        result = evaluate(self.state.model, self.valid, batch_size=16, num_steps=64)
+        progress = self.state.progress
+        nll = result.nll_nats / result.num_tokens
+        if not progress.best_step or nll < progress.best_nll:
+            progress.best_step, progress.best_nll = progress.step, nll
+        self.last_evaluation = result
+        self.reporter.evaluation(
+            progress.step,
+            {
+                "valid_loss": nll,
+                "valid_perplexity": result.perplexity,
+                "valid_word_perplexity": result.word_perplexity,
+                "valid_bits_per_byte": result.bits_per_byte,
+            },
+        )
+        self._last_step_at += perf_counter() - started
+
+    def save(self) -> None:
+        """Write a checkpoint; keep the newest ones and the best."""
+        started = perf_counter()
+        progress = self.state.progress
+        newest = saved_steps(self.folder)[: self.config.training.keep_checkpoints - 1]
+        self.state.save(checkpoints_of(self.folder), keep={*newest, progress.best_step})
+        if progress.best_step:
+            write_best(self.folder, step=progress.best_step, nll=progress.best_nll)
+        self._last_step_at += perf_counter() - started
+
+
+def make_batches(config: RunConfig, dataset: Dataset) -> ContinuousBatches | SentenceBatches:
+    """The training split's batches, in the order that the configuration's seed gives."""
+    token_file, batches = dataset.split("train"), config.batches
+    if isinstance(batches, ContinuousConfig):
+        return ContinuousBatches(
+            token_file=token_file, batch_size=batches.batch_size, num_steps=batches.num_steps, seed=config.seed
+        )
+    return SentenceBatches(
+        token_file=token_file, batch_words=batches.batch_words, max_length=batches.max_length, seed=config.seed
+    )
+
+
+def make_state(config: RunConfig) -> TrainState:
+    """A fresh model with the weights that the seed gives, and its optimizer."""
+    torch.manual_seed(derived_seed(config.seed))
+    model = build(config.model).to(resolve_device(config.training.device))
+    model.train()
+    freeze(model, config.training.freeze)
+    optim = config.optim
+    optimizer = torch.optim.Adam(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=optim.learning_rate,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.epsilon,
+        fused=True,
+    )
+    return TrainState(model=model, optimizer=optimizer)
+
+
+def resolve_device(device: str) -> torch.device:
+    """auto: CUDA where there is one. ValueError where CUDA is asked for and there is none."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("training.device (cuda): this torch sees no GPU; use cpu or auto")
+    return torch.device(device)
+
+
+def freeze(model: LanguageModel, patterns: tuple[str, ...]) -> None:
+    """Leave parameters whose names match as they are. ValueError for a pattern that matches none, or if all match."""
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not any(fnmatch(name, pattern) for name in names):
+            raise ValueError(f"training.freeze ({pattern}): no parameter has this name; there are {', '.join(names)}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(fnmatch(name, pattern) for pattern in patterns))
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(f"training.freeze ({', '.join(patterns)}): nothing is left to train; freeze less")
+
+
+def start_from(model: LanguageModel, run: Path) -> None:
+    """Copy the weights of another run: its best checkpoint, or the newest where none has been evaluated."""
+    checkpoints = checkpoints_of(run)
+    best = read_best(run)
+    path = checkpoints / checkpoint_name(best) if best is not None else latest_checkpoint(checkpoints)
+    if path is None:
+        raise ValueError(f"training.init-from ({run}): has no checkpoint; train it first")
+    load_weights(model, load_checkpoint(path).tensors["model"], where=str(path))

@@ -1,0 +1,30 @@
+"""The gates' noise and every other draw of training, as pure functions of the seed and the batch's index."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def derived_seed(*keys: int) -> int:
+    """A seed for torch from a tuple of integers: equal tuples give equal seeds, near ones unrelated seeds."""
+    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> 1)
+
+
+def gate_noise(
+    noise_widths: Mapping[str, int], *, seed: int, batch_index: int, first_row: int, shape_BS: tuple[int, int]
+) -> dict[str, Tensor]:
+    """Standard normal draws for each gate, by layer name: [B, S, noise_width], float32, on the CPU.
+
+    Each row has a generator of its own, so that a token gets the same draw however the rows of a batch are split
+    over micro-batches or ranks, and whenever the pass is repeated. first_row: index in the batch of the first row.
+    """
+    num_rows, num_steps = shape_BS
+    noise = {name: torch.empty(num_rows, num_steps, width) for name, width in noise_widths.items()}
+    generator = torch.Generator()
+    for row in range(num_rows if noise else 0):
+        generator.manual_seed(derived_seed(seed, batch_index, first_row + row))
+        for draws in noise.values():
+            torch.randn(draws.shape[1:], generator=generator, out=draws[row])
+    return noise

@@ -1,0 +1,84 @@
+"""The folder of a run: what it was made with, its checkpoints, its log."""
+
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+
+from sparsegate.data import Dataset, save_vocabulary
+
+from .config import RunConfig
+from .overrides import read_config, to_json
+from .storage import read_json, write_json_atomically
+
+CONFIG = "config.json"
+VOCABULARY = "vocabulary.json"
+_STEP = re.compile(r"step-([0-9]{8,})")
+# These may differ when a run goes on: they say how long and how fast, not what is learned from what.
+_MAY_CHANGE = ("data", "optim", "training")
+
+
+def checkpoints_of(folder: Path) -> Path:
+    """Where a run's checkpoints stand."""
+    return folder / "checkpoints"
+
+
+def read_run_config(folder: Path) -> RunConfig:
+    """The configuration of a run. ValueError where the folder is not a run's."""
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder}: not a run: it has no {CONFIG}; give the folder that `sparsegate train` wrote")
+    return read_config(RunConfig, folder / CONFIG)
+
+
+def open_run_folder(folder: Path, config: RunConfig, dataset: Dataset, *, resume: bool) -> RunConfig:
+    """Make the folder a run's, or check that it is the one to go on with; return the configuration as saved.
+
+    The dataset's vocabulary size and fingerprint are filled in. ValueError: the folder holds something else, or a
+    run that was made with another model, seed, dataset or recipe.
+    """
+    config = replace(
+        config,
+        data_fingerprint=dataset.fingerprint,
+        model=replace(config.model, vocab_size=dataset.vocabulary.size),
+    )
+    if (folder / CONFIG).is_file():
+        if not resume:
+            raise ValueError(f"{folder}: holds a run already; add --resume to go on with it, or give another --out")
+        _require_same_run(folder, read_run_config(folder), config)
+    elif folder.is_dir() and any(entry.name != "lock" for entry in folder.iterdir()):
+        raise ValueError(f"{folder}: not empty and not a run; give another --out")
+    write_json_atomically(folder / CONFIG, to_json(config))
+    save_vocabulary(dataset.vocabulary, folder / VOCABULARY)
+    return config
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Steps of which there is a checkpoint, newest first; damaged ones are among them."""
+    matches = [_STEP.fullmatch(entry.name) for entry in checkpoints_of(folder).glob("step-*")]
+    return sorted((int(match[1]) for match in matches if match), reverse=True)
+
+
+def write_best(folder: Path, *, step: int, nll: float) -> None:
+    """Point at the checkpoint with the lowest validation loss. nll: nats per token."""
+    write_json_atomically(checkpoints_of(folder) / "best.json", {"step": step, "nll": nll})
+
+
+def read_best(folder: Path) -> int | None:
+    """Step of the best checkpoint; None before the first evaluation."""
+    pointer = checkpoints_of(folder) / "best.json"
+    if not pointer.is_file():
+        return None
+    value = read_json(pointer)
+    step = value.get("step") if isinstance(value, dict) else None
+    if not isinstance(step, int) or isinstance(step, bool):
+        raise ValueError(f"{pointer}: does not name a step; remove it, and give --checkpoint last")
+    return step
+
+
+def _require_same_run(folder: Path, saved: RunConfig, given: RunConfig) -> None:
+    saved_fields, given_fields = to_json(saved), to_json(given)
+    for name in (f.name for f in fields(RunConfig) if f.name not in _MAY_CHANGE):
+        if saved_fields[name] != given_fields[name]:
+            raise ValueError(
+                f"{name} ({given_fields[name]}) is {saved_fields[name]} in {folder / CONFIG}; "
+                "a run goes on only as what it was: give the same, or another --out"
+            )

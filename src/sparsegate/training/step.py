@@ -1,0 +1,187 @@
+"""One training step: loss and gradient of one batch, checked, then applied."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from sparsegate.data import Batch
+from sparsegate.models import LanguageModel, LanguageModelOutput
+from sparsegate.moe.losses import importance_loss, load_loss
+from sparsegate.moe.routing import BalanceSums
+
+from .config import LossConfig, RunConfig
+from .noise import derived_seed, gate_noise
+
+State = dict[str, tuple[Tensor, Tensor]]
+SumsByLayer = dict[str, BalanceSums]
+
+
+class NonFinite(RuntimeError):
+    """Too many steps in a row had a non-finite loss or gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradient:
+    """What a batch says, before anything is changed; the gradients themselves stand in the parameters' `.grad`.
+
+    nll: mean negative log-likelihood per token, nats. balance: the weighted balance losses. norm: global norm of
+    the gradient before clipping. sums: of the whole batch, by layer. state: what recurrent layers carry on.
+    """
+
+    nll: float
+    balance: float
+    norm: float
+    num_tokens: int
+    sums: SumsByLayer
+    state: State
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.nll) and math.isfinite(self.balance) and math.isfinite(self.norm)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _MicroBatch:
+    """Some rows of a batch, on the model's device, with all that a repeated forward pass must find equal."""
+
+    input_BS: Tensor
+    target_BS: Tensor
+    mask_BS: Tensor
+    state: State
+    noise: dict[str, Tensor]
+    seed: int
+
+
+def compute_gradient(model: LanguageModel, batch: Batch, state: State, config: RunConfig) -> Gradient:
+    """Leave in `.grad` the gradient of one batch's loss: mean nll per token plus the weighted balance losses.
+
+    Every part is scaled by the token count of the whole batch, so that the gradients of micro-batches simply add
+    up. With several of them and `balance = "batch"` the losses are those of the joined batch, exactly: a first
+    pass without gradients finds the batch's sums, and each part then contributes the derivative of the loss at
+    these sums times its own sums. Nothing but `.grad` changes.
+    """
+    num_tokens = int(batch.mask_BS.sum())
+    parts = list(_micro_batches(model, batch, state, config))
+    slope = None
+    if len(parts) > 1 and config.training.balance == "batch" and model.noise_widths():
+        with torch.no_grad():
+            slope = balance_slope(add_sums([_sums(_forward(model, part, config)) for part in parts]), config.losses)
+    model.zero_grad(set_to_none=True)
+    outputs, nll, part_losses = [], 0.0, 0.0
+    for part in parts:
+        output = _forward(model, part, config)
+        nll_BS = model.softmax.nll(output.hidden_BSD, part.target_BS)
+        part_nll = (nll_BS * part.mask_BS).sum() / num_tokens
+        sums = _sums(output)
+        if slope is None:
+            part_balance = balance_loss(sums, config.losses) / len(parts)
+        else:
+            part_balance = linear_in_sums(sums, slope)
+        (part_nll + part_balance).backward()
+        nll, part_losses = nll + part_nll.item(), part_losses + float(part_balance)
+        outputs.append((sums, output.state))
+    sums = add_sums([pytree.tree_map(torch.Tensor.detach, s) for s, _ in outputs])
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return Gradient(
+        nll=nll,
+        balance=part_losses if slope is None else float(balance_loss(sums, config.losses)),
+        norm=norm.item(),
+        num_tokens=num_tokens,
+        sums=sums,
+        state=_join_states([state for _, state in outputs]),
+    )
+
+
+def apply_gradient(
+    model: LanguageModel, optimizer: torch.optim.Optimizer, gradient: Gradient, *, learning_rate: float, clip_norm: float
+) -> None:
+    """Clip the finite gradient that stands in `.grad` to a global norm, and update the weights."""
+    assert gradient.finite
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, torch.tensor(gradient.norm))
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+
+
+def balance_loss(sums: Mapping[str, BalanceSums], weights: LossConfig) -> Tensor:
+    """The weighted importance and load losses, added over the layers (eq. 7 and 11); 0 without mixture layers."""
+    losses = [weights.importance * importance_loss(s) + weights.load * load_loss(s) for s in sums.values()]
+    return torch.stack(losses).sum() if losses else torch.zeros(())
+
+
+def balance_slope(total: SumsByLayer, weights: LossConfig) -> list[Tensor | None]:
+    """Derivative of the balance loss with respect to each leaf of the total sums; None for integer leaves."""
+    leaves, spec = pytree.tree_flatten(total)
+    leaves = [leaf.detach().requires_grad_(leaf.is_floating_point()) for leaf in leaves]
+    with torch.enable_grad():
+        loss = balance_loss(pytree.tree_unflatten(leaves, spec), weights)
+    inputs = [leaf for leaf in leaves if leaf.requires_grad]
+    slopes = iter(torch.autograd.grad(loss, inputs, allow_unused=True))
+    return [next(slopes) if leaf.requires_grad else None for leaf in leaves]
+
+
+def linear_in_sums(part: SumsByLayer, slope: list[Tensor | None]) -> Tensor:
+    """The surrogate loss of one part, whose gradient is the part's share of the whole batch's balance gradient."""
+    terms = [
+        (leaf * leaf_slope).sum()
+        for leaf, leaf_slope in zip(pytree.tree_leaves(part), slope, strict=True)
+        if leaf_slope is not None
+    ]
+    return torch.stack(terms).sum()
+
+
+def add_sums(parts: list[SumsByLayer]) -> SumsByLayer:
+    """Sums of the joined batch, by layer."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = {name: total[name] + part[name] for name in total}
+    return total
+
+
+def _sums(output: LanguageModelOutput) -> SumsByLayer:
+    return {name: routing.sums for name, routing in output.routings.items()}
+
+
+def _forward(model: LanguageModel, part: _MicroBatch, config: RunConfig) -> LanguageModelOutput:
+    """One pass in training mode; equal whenever it is repeated, dropout and noise included."""
+    torch.manual_seed(part.seed)
+    with torch.autocast(
+        part.input_BS.device.type, dtype=torch.bfloat16, enabled=config.training.precision == "bfloat16"
+    ):
+        return model(part.input_BS, state=part.state, mask_BS=part.mask_BS, noise=part.noise)
+
+
+def _micro_batches(model: LanguageModel, batch: Batch, state: State, config: RunConfig) -> Iterator[_MicroBatch]:
+    device = model.softmax.weight.device
+    widths = model.noise_widths()
+    num_rows = batch.input_BS.shape[0]
+    for rows in torch.arange(num_rows).chunk(min(config.training.micro_batches, num_rows)):
+        first, end = int(rows[0]), int(rows[-1]) + 1
+        input_BS = batch.input_BS[first:end].to(device)
+        noise = gate_noise(
+            widths, seed=config.seed, batch_index=batch.index, first_row=first, shape_BS=tuple(input_BS.shape)
+        )
+        yield _MicroBatch(
+            input_BS=input_BS,
+            target_BS=batch.target_BS[first:end].to(device),
+            mask_BS=batch.mask_BS[first:end].to(device),
+            state={name: (h[:, first:end], c[:, first:end]) for name, (h, c) in state.items()},
+            noise={name: draws.to(device) for name, draws in noise.items()},
+            seed=derived_seed(config.seed, batch.index, first, 1),
+        )
+
+
+def _join_states(states: list[State]) -> State:
+    """The carried states of all rows, cut off from the graph that made them."""
+    return {
+        name: (
+            torch.cat([state[name][0] for state in states], dim=1).detach(),
+            torch.cat([state[name][1] for state in states], dim=1).detach(),
+        )
+        for name in states[0]
+    }
