@@ -93,6 +93,7 @@ def save_checkpoint(
         ValueError: naming the tensor or the entry that cannot be stored; nothing has been written.
         CannotSave: nothing has changed: the checkpoint before is the latest.
     """
+    assert step >= 0, step
     encoded = {f"{name}.safetensors": encode_tensors(group, name=name) for name, group in tensors.items()}
     for name in encoded:
         if not _TENSOR_FILE.fullmatch(name):
@@ -149,7 +150,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         if not isinstance(state, dict):
             raise ValueError(f"{path / STATE}: not a JSON object")
         tensors = {
-            name.removesuffix(".safetensors"): read_file(path / name, read_tensors, expected=digest)
+            name.removesuffix(".safetensors"): read_file(path / name, read_tensors, expected=digest)[0]
             for name, digest in manifest.files.items()
             if name != STATE
         }

@@ -1,8 +1,8 @@
 """Files and directories that appear whole or not at all, also when the process is killed or the power fails.
 
-Everything is written under a name that begins with `.tmp-`, beside its target so that both are on one filesystem.
-The files, then the directory that holds them, are flushed to the disk (fsync), one rename makes the target, and
-the rename itself is flushed with the directory above.
+Everything is written under a name that begins with `.tmp-`, beside its target so that both are on one
+filesystem. The files, then the directory that holds them, are flushed to the disk (fsync), one rename makes
+the target, and the rename itself is flushed with the directory above.
 """
 
 import errno

@@ -1,8 +1,8 @@
 """The safetensors format as a stream: written without a second copy in memory, read once while it is hashed.
 
-The safetensors library takes whole files, whose bytes would have to be read a second time for their digest. The
-format is a header (8 bytes of length, then JSON of names, dtypes, shapes and offsets) and the tensors' bytes. Any
-safetensors reader opens these files; the reader here takes a subset of what the library takes.
+The safetensors library takes whole files, whose bytes would have to be read a second time for their digest.
+The format is a header (8 bytes of length, then JSON of names, dtypes, shapes and offsets) and the tensors'
+bytes. Any safetensors reader opens these files; the reader here takes a subset of what the library takes.
 """
 
 import json
@@ -40,6 +40,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_METADATA = "__metadata__"
 _ALIGNMENT = 8
 
 assert sys.byteorder == "little", "safetensors is little-endian, and tensors go out as they lie in memory"
@@ -75,7 +76,9 @@ class EncodedTensors:
             yield memoryview(_bytes_of(plain).numpy())
 
 
-def encode_tensors(tensors: Mapping[str, Tensor], *, name: str) -> EncodedTensors:
+def encode_tensors(
+    tensors: Mapping[str, Tensor], *, name: str, metadata: Mapping[str, str] | None = None
+) -> EncodedTensors:
     """Lay out `tensors` as one file; nothing is copied or written yet.
 
     Raises:
@@ -89,21 +92,21 @@ def encode_tensors(tensors: Mapping[str, Tensor], *, name: str) -> EncodedTensor
     for key in order:
         begin, end = end, end + tensors[key].nbytes
         offsets[key] = [begin, end]
-    header = {
-        key: {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets[key]}
-        for key, tensor in tensors.items()
-    }
+    header: dict[str, Json] = {_METADATA: dict(metadata)} if metadata else {}
+    for key, tensor in tensors.items():
+        dtype, shape = _DTYPE_NAMES[tensor.dtype], list(tensor.shape)
+        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": offsets[key]}
     text = json.dumps(header, separators=(",", ":")).encode("ascii")
     text += b" " * (-len(text) % _ALIGNMENT)
     if len(text) > MAX_JSON_BYTES:
         raise ValueError(
-            f"{name}: the header of {len(tensors):,} tensors is over {MAX_JSON_BYTES:,} bytes; stack them"
+            f"{name}: the header is over {MAX_JSON_BYTES:,} bytes ({len(tensors):,} tensors); stack them"
         )
     return EncodedTensors(len(text).to_bytes(8, "little") + text, tuple(tensors[key] for key in order))
 
 
-def read_tensors(reader: Reader) -> dict[str, Tensor]:
-    """The tensors of a safetensors file on the CPU, each in memory of its own, in the order of the header.
+def read_tensors(reader: Reader) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, on the CPU, each in memory of its own; and its metadata.
 
     Raises:
         ValueError: one line, without the file's name, which the caller knows.
@@ -116,7 +119,8 @@ def read_tensors(reader: Reader) -> dict[str, Tensor]:
     header = parse_json(reader.read(length))
     if not isinstance(header, dict):
         raise ValueError("the header is not a JSON object")
-    regions = {key: _Region.parse(key, entry) for key, entry in header.items() if key != "__metadata__"}
+    metadata = _parse_metadata(header.pop(_METADATA, {}))
+    regions = {key: _Region.parse(key, entry) for key, entry in header.items()}
     order = sorted(regions, key=lambda key: (regions[key].begin, regions[key].end))
     _check_tiling([regions[key] for key in order], reader.size - 8 - length)
     tensors = {key: regions[key].allocate() for key in regions}
@@ -125,7 +129,7 @@ def read_tensors(reader: Reader) -> dict[str, Tensor]:
         reader.read_into(memoryview(view.numpy()))
         if tensors[key].dtype == torch.bool and bool((view > 1).any()):
             raise ValueError(f"tensor {short_repr(key)} of truth values holds bytes other than 0 and 1")
-    return tensors
+    return tensors, metadata
 
 
 @dataclass(frozen=True)
@@ -164,14 +168,23 @@ class _Region:
 
 def _check_tensor(key: object, tensor: object, name: str) -> None:
     where = f"{name}: tensor {short_repr(key)}"
-    if not isinstance(key, str) or not key.isprintable() or key == "__metadata__":
-        raise ValueError(f"{where} needs a name of printable characters other than __metadata__; rename it")
+    if not isinstance(key, str) or not key.isprintable() or key == _METADATA:
+        raise ValueError(f"{where} needs a name of printable characters other than {_METADATA}; rename it")
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{where} is a {type(tensor).__name__}; make it a tensor, or put it into the state")
     if tensor.layout != torch.strided or tensor.is_meta:
         raise ValueError(f"{where} is {tensor.layout} on {tensor.device}; make it dense, with values")
     if tensor.dtype not in _DTYPE_NAMES:
         raise ValueError(f"{where} is {tensor.dtype}, which safetensors cannot hold; convert it")
+
+
+def _parse_metadata(value: Json) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise ValueError("the header's metadata is not a JSON object")
+    metadata = {key: text for key, text in value.items() if isinstance(text, str)}
+    if len(metadata) != len(value):
+        raise ValueError("the header's metadata is not all text")
+    return metadata
 
 
 def _check_tiling(regions: list[_Region], size: int) -> None:
