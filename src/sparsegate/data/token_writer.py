@@ -1,0 +1,89 @@
+"""Writes the files of one split, and counts and digests what it writes."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .dataset import SENTENCE_DTYPE, Source, SplitManifest
+from .files import fsync
+from .normalization import normalize
+from .vocabulary import Vocabulary, token_dtype
+
+
+class _DigestedFile:
+    """A new file and the SHA-256 of what was written to it."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("xb")
+        self._sha256 = hashlib.sha256()
+
+    def write(self, array: npt.NDArray[Any]) -> None:
+        content = array.tobytes()
+        self._sha256.update(content)
+        self._file.write(content)
+
+    def close(self) -> None:
+        self._file.close()
+
+    @property
+    def sha256(self) -> str:
+        return self._sha256.hexdigest()
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[_DigestedFile]:
+    """A file that is on the disk when the block ends; OSError naming the file if it cannot be written."""
+    file = _DigestedFile(path)
+    try:
+        yield file
+    finally:
+        file.close()
+    fsync(path)
+
+
+def write_split(
+    directory: Path,
+    split: str,
+    batches: Iterable[list[str]],
+    *,
+    vocabulary: Vocabulary,
+    sources: list[Source],
+) -> SplitManifest:
+    """Write the tokens and sentence ends of all `batches` of lines. ValueError if there is no line at all."""
+    dtype = token_dtype(vocabulary.size)
+    num_tokens = num_sentences = num_words = num_bytes = 0
+    with (
+        _new_file(directory / f"{split}.tokens") as tokens,
+        _new_file(directory / f"{split}.sentences") as sentences,
+    ):
+        for batch in batches:
+            lines = [normalize(line) for line in batch]
+            token_N = vocabulary.encode_lines(lines)
+            end_N = np.flatnonzero(token_N == vocabulary.end_id) + (num_tokens + 1)
+            assert len(end_N) == len(lines), "one end for each line"
+            tokens.write(token_N.astype(dtype))
+            sentences.write(end_N.astype(SENTENCE_DTYPE))
+            num_tokens += len(token_N)
+            num_sentences += len(lines)
+            num_words += vocabulary.normalization.count_words(lines)
+            num_bytes += sum(len(line.encode()) for line in lines) + len(lines)
+    if num_sentences == 0:
+        names = ", ".join(source.name for source in sources[:3])
+        raise ValueError(
+            f"{split}: no line of text for it in {names}; give more text, or blank lines are to be kept"
+        )
+    return SplitManifest(
+        tokens=num_tokens,
+        sentences=num_sentences,
+        words=num_words,
+        bytes=num_bytes,
+        dtype=dtype.str,
+        tokens_sha256=tokens.sha256,
+        sentences_sha256=sentences.sha256,
+        sources=sources,
+    )
