@@ -1,0 +1,41 @@
+"""Sparsely-gated mixtures of experts, and the paper's models around them.
+
+The public names stand here. Each is imported when it is first used, so that `sparsegate --help` need not wait
+for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .moe.experts.feed_forward import FeedForward as FeedForward
+    from .moe.experts.modules import ModuleExperts as ModuleExperts
+    from .moe.gating.noisy_topk import NoisyTopK as NoisyTopK
+    from .moe.gating.softmax import Softmax as Softmax
+    from .moe.layer import MoE as MoE
+    from .moe.losses import importance_loss as importance_loss
+    from .moe.losses import load_loss as load_loss
+    from .moe.routing import BalanceSums as BalanceSums
+    from .moe.routing import Routing as Routing
+
+_HOMES = {
+    "BalanceSums": "moe.routing",
+    "FeedForward": "moe.experts.feed_forward",
+    "ModuleExperts": "moe.experts.modules",
+    "MoE": "moe.layer",
+    "NoisyTopK": "moe.gating.noisy_topk",
+    "Routing": "moe.routing",
+    "Softmax": "moe.gating.softmax",
+    "importance_loss": "moe.losses",
+    "load_loss": "moe.losses",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

@@ -1,0 +1,119 @@
+"""`sparsegate VERB ...`: finds the verb, and turns what goes wrong into one line and an exit code."""
+
+import difflib
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+
+from ..training.overrides import did_you_mean
+from .verb import Verb, parse
+
+# Each is a module of this folder with a constant VERB, imported only when it is asked for.
+VERBS = {
+    "prepare": "Turn text into a dataset to train on.",
+    "train": "Train a model, or go on with a run.",
+    "evaluate": "Measure perplexity and bits per byte of a run.",
+    "generate": "Let a trained model write.",
+    "score": "Print the log-probability of each sentence and token.",
+    "plan": "Count the parameters and operations of a model without building it.",
+    "search": "Try learning rates and dropouts, and keep the best.",
+    "quickstart": "Train a small mixture and the dense model of equal cost, and compare them.",
+}
+
+INPUT, CANNOT_SAVE, NON_FINITE, INTERRUPTED, BROKEN_PIPE = 2, 3, 4, 130, 141
+
+# By name, so that telling one error from another does not import torch.
+_CODES = {
+    "sparsegate.training.storage.CannotSave": CANNOT_SAVE,
+    "sparsegate.training.step.NonFinite": NON_FINITE,
+}
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Returns:
+        0 done, or saved on a signal; 2 the user's input; 3 cannot save; 4 repeated non-finite steps; 130
+        interrupted; 141 whoever read the output went away.
+    """
+    words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    where = f"sparsegate {words[0]}" if words[0] in VERBS else "sparsegate"
+    try:
+        code = _run(words[0], words[1:])
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Python flushes once more as it leaves, and must find an open file there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        print(f"{where}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        code = exit_code(error)
+        if code is None:
+            raise
+        if "--debug" in words:
+            traceback.print_exc()
+        print(f"{where}: {one_line(error)}", file=sys.stderr)
+        return code
+
+
+def exit_code(error: Exception) -> int | None:
+    """The exit code for an error that a user can meet; None for a fault of ours."""
+    for cls in type(error).__mro__:
+        code = _CODES.get(f"{cls.__module__}.{cls.__qualname__}")
+        if code is not None:
+            return code
+    if isinstance(error, OSError) and error.errno in _DISK:
+        return CANNOT_SAVE
+    return INPUT if isinstance(error, ValueError | OSError) else None
+
+
+def one_line(error: Exception) -> str:
+    """What went wrong in one line; of a file that is not there, also which one is near."""
+    if isinstance(error, OSError) and isinstance(error.filename, str | Path):
+        near = _near(Path(error.filename)) if isinstance(error, FileNotFoundError) else ""
+        return f"{error.filename}: {error.strerror}{near}"
+    return " ".join(str(error).split())
+
+
+def _run(name: str, words: Sequence[str]) -> int:
+    if name in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if name == "--version":
+        print(version("sparsegate"))
+        return 0
+    if name not in VERBS:
+        near = did_you_mean(name, VERBS) or "; see sparsegate --help"
+        raise ValueError(f"{name}: no such verb{near}")
+    verb: Verb = import_module(f"sparsegate.cli.{name}").VERB
+    return verb.run(parse(verb, words, name=name, summary=VERBS[name]))
+
+
+def _overview() -> str:
+    verbs = "\n".join(f"  {name:<12}{summary}" for name, summary in VERBS.items())
+    return f"""usage: sparsegate VERB ...
+
+{verbs}
+
+`sparsegate VERB --help` tells what a verb takes, and shows an example.
+`sparsegate quickstart` needs nothing else, and takes some minutes."""
+
+
+def _near(path: Path) -> str:
+    """The name nearest to one that is missing, in the deepest folder that exists."""
+    try:
+        while not path.parent.is_dir():
+            path = path.parent
+        near = difflib.get_close_matches(path.name, os.listdir(path.parent), n=1)
+    except OSError:
+        return ""
+    return f"; did you mean {path.parent / near[0]}?" if near else ""

@@ -1,0 +1,220 @@
+"""Typed configuration: nested frozen dataclasses to JSON and back, and their fields changed by path.
+
+A configuration is a dataclass whose fields are plain values or further dataclasses, its sections. Where a
+section may be one of several classes (`model: MixtureLM | FeedForwardLM`), each has a field `kind` of a
+Literal type that tells them apart. `field(metadata={"doc": "..."})` tells what a field means. What a field
+admits stands in its type (`Annotated[int, Ge(1)]`) or in `__post_init__`, which raises ValueError.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from .strict_json import Json, parse_json
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
+
+_ANYTHING: TypeAdapter[Any] = TypeAdapter(Any)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Option:
+    """One field that can be changed by path.
+
+    Attributes:
+        path: the names of its sections and its own, joined by dots.
+        type: its annotation.
+        value: what it is now.
+        doc: what it means.
+    """
+
+    path: str
+    type: Any
+    value: object
+    doc: str
+
+
+def options(config: "DataclassInstance", *, path: str = "") -> Iterator[Option]:
+    """The fields of a configuration and of its sections, in the order of their definition."""
+    types = _types(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from options(value, path=f"{path}{field.name}.")
+        elif field.name != "kind":
+            doc = field.metadata.get("doc", "")
+            yield Option(path=path + field.name, type=types[field.name], value=value, doc=doc)
+
+
+def to_json(config: "DataclassInstance") -> dict[str, Json]:
+    """A configuration as JSON objects, lists and scalars, from which `from_json` makes an equal one."""
+    return TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def from_json(cls: type[Config], data: object) -> Config:
+    """The configuration that `to_json` wrote. Values keep their types: "64" is no number.
+
+    Raises:
+        ValueError: one line with the field's path: unknown, missing, of another type, out of range.
+    """
+    return _section((cls,), data, "")
+
+
+def read_config(cls: type[Config], file: Path) -> Config:
+    """The configuration in a JSON file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: as `from_json`, after the file's name.
+    """
+    try:
+        return from_json(cls, parse_json(file.read_bytes()))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def replace_by_path(config: Config, changes: Mapping[str, object], *, path: str = "") -> Config:
+    """The configuration with some fields changed: `replace_by_path(config, {"model.num_experts": "64"})`.
+
+    A text is read as its field's type: `3e-4`, `true`, `none`, `512,1024` for a tuple. Any other value must
+    have that type. The fields of one section change together: relations hold between their new values.
+
+    Raises:
+        ValueError: as `from_json`.
+    """
+    known = [option.path for option in options(config)]
+    for key in changes:
+        if key not in known:
+            raise ValueError(f"{path}{key}: no such field{did_you_mean(key, known)}")
+    types = _types(type(config))
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    sections: dict[str, dict[str, object]] = {}
+    for key, value in changes.items():
+        name, dot, rest = key.partition(".")
+        if dot:
+            sections.setdefault(name, {})[rest] = value
+        else:
+            values[name] = _value(types[name], value, path + name, from_text=isinstance(value, str))
+    for name, inner in sections.items():
+        values[name] = replace_by_path(values[name], inner, path=f"{path}{name}.")
+    return _construct(type(config), values, path)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean X?`, with the nearest of some names or paths, or nothing where none is near.
+
+    >>> did_you_mean("model.num_expert", ["model.num_experts", "seed"])
+    '; did you mean model.num_experts?'
+    >>> did_you_mean("num_experts", ["model.num_experts", "seed"])
+    '; did you mean model.num_experts?'
+    """
+    known = list(known)
+    paths = {path.rpartition(".")[2]: path for path in known}
+    name = word.lstrip("-").rpartition(".")[2]
+    near = [paths[name]] if name in paths else difflib.get_close_matches(word, known, n=1)
+    near = near or [paths[close] for close in difflib.get_close_matches(name, paths, n=1)]
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def type_name(annotation: Any) -> str:
+    """An annotation in the words of the command line.
+
+    >>> type_name(tuple[int, ...]), type_name(float | None), type_name(Literal["words", "bytes"])
+    ('int,...', 'float|none', 'words|bytes')
+    """
+    origin, members = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return type_name(members[0])
+    if origin in (Union, UnionType):
+        return "|".join(map(type_name, members))
+    if origin is Literal:
+        return "|".join(map(str, members))
+    if origin is tuple:
+        return ",".join("..." if member is Ellipsis else type_name(member) for member in members)
+    return "none" if annotation is NoneType else annotation.__name__.lower()
+
+
+def _section(classes: tuple[type["DataclassInstance"], ...], data: object, path: str) -> Any:
+    if not isinstance(data, dict):
+        where = path.rstrip(".") or "the configuration"
+        raise ValueError(f"{where} ({_shown(data)}) should be a JSON object")
+    cls = classes[0] if len(classes) == 1 else _class_of_kind(classes, data.get("kind"), path)
+    types = _types(cls)
+    for key in data:
+        if key not in types:
+            near = did_you_mean(path + key, [path + name for name in types])
+            raise ValueError(f"{path}{key}: no such field{near}")
+    for field in dataclasses.fields(cls):
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and field.name not in data:
+            raise ValueError(f"{path}{field.name}: is missing; it has no default")
+    values = {name: _value(types[name], value, path + name, from_text=False) for name, value in data.items()}
+    return _construct(cls, values, path)
+
+
+def _class_of_kind(classes: tuple[type, ...], kind: object, path: str) -> type:
+    by_kind = {name: cls for cls in classes for name in get_args(_types(cls)["kind"])}
+    if not isinstance(kind, str) or kind not in by_kind:
+        raise ValueError(f"{path}kind ({_shown(kind)}) should be one of {', '.join(by_kind)}")
+    return by_kind[kind]
+
+
+def _construct(cls: type[Config], values: Mapping[str, object], path: str) -> Config:
+    try:
+        return cls(**values)
+    except ValueError as error:
+        # __post_init__ may name its fields with or without the section in which they stand here.
+        message = str(error)
+        prefix = path if message.split(" ")[0] in values else ""
+        raise ValueError(prefix + message) from None
+
+
+def _value(annotation: Any, value: object, path: str, *, from_text: bool) -> object:
+    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    sections = tuple(member for member in members if dataclasses.is_dataclass(member))
+    if sections and not (value is None and NoneType in members):
+        return _section(sections, value, f"{path}.")
+    adapter: TypeAdapter[Any] = TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))
+    try:
+        if from_text:
+            return adapter.validate_python(_split(members, str(value)))
+        return adapter.validate_json(_ANYTHING.dump_json(value), strict=True)
+    except ValidationError as error:
+        cause = error.errors()[0]["msg"].removeprefix("Input ")
+        raise ValueError(f"{path} ({value if from_text else _shown(value)}) {cause}") from None
+
+
+def _split(members: tuple[Any, ...], text: str) -> object:
+    if NoneType in members and text.lower() == "none":
+        return None
+    if any(get_origin(member) is tuple for member in members):
+        return [part.strip() for part in text.split(",") if part.strip()]
+    return text
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _types(cls: type) -> dict[str, Any]:
+    hints = get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
