@@ -11,10 +11,11 @@ BALANCE_METRICS = ("cv_importance", "cv_load", "max_over_mean_load", "dead_exper
 def balance_metrics(sums: BalanceSums) -> dict[str, float]:
     """The metrics named in `BALANCE_METRICS`, of one batch or of several whose sums were added.
 
-    cv_importance, cv_load: coefficients of variation (population deviation over mean, not squared) of the gate
-        weights and of the smooth load over the experts. 0 is perfect balance, sqrt(E/k - 1) is collapse onto
-        the same k of E experts.
-    max_over_mean_load: tokens of the busiest expert over the mean, hard counts: 1 is perfect balance, E/k collapse.
+    cv_importance, cv_load: coefficients of variation (population deviation over mean, not squared) of the
+        gate weights and of the smooth load over the experts. 0 is perfect balance, sqrt(E/k - 1) is collapse
+        onto the same k of E experts.
+    max_over_mean_load: tokens of the busiest expert over the mean, hard counts. 1 is perfect balance, E/k is
+        collapse.
     dead_experts: number of experts that received no token.
 
     Without any token the first three are 0 and every expert is dead. Sums that are not finite give nan.

@@ -8,13 +8,15 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from .strict_json import parse_json
+
 Line = dict[str, Any]
 
 
 class JsonLog:
-    """One JSON object per line, each written with one call, so that a kill leaves at most one damaged last line.
+    """One JSON object per line, each written with one call, so that a kill damages the last line at most.
 
-    JSON has no numbers that are not finite: they are the strings "nan", "inf" and "-inf", which `float` reads.
+    JSON has no numbers that are not finite: they are the strings "nan", "inf" and "-inf", as `float` reads them.
     """
 
     def __init__(self, *, path: Path) -> None:
@@ -28,7 +30,7 @@ class JsonLog:
     def truncate_after(self, step: int) -> list[Line]:
         """Cut the file behind its last line whose `step` is at most `step`; return the lines that stay.
 
-        What is cut is a run's future: a resumed run writes it again. A last line that was half-written goes too.
+        What is cut is a run's future: a resumed run writes it again. A half-written last line goes too.
         """
         kept, end = [], 0
         for line, line_end in _lines(self._path):
@@ -54,7 +56,7 @@ def _lines(path: Path) -> Iterator[tuple[Line, int]]:
         for text in file:
             end += len(text)
             try:
-                line = json.loads(text)
+                line = parse_json(text)
             except ValueError:
                 continue
             if text.endswith(b"\n") and isinstance(line, dict) and isinstance(line.get("step"), int):
@@ -64,9 +66,10 @@ def _lines(path: Path) -> Iterator[tuple[Line, int]]:
 class EventFile:
     """Scalars in TensorBoard's format, one file per process of a run.
 
-    TensorBoard's own writer hands the events to a thread, in which a full disk becomes a traceback and an error
-    at some later call, and it imports TensorFlow where that is installed. So its records are built here with
-    its own classes, and written like the lines of the log. The import is late because it takes a while.
+    TensorBoard's own writer hands the events to a thread, in which a full disk becomes a traceback, and an
+    error at some later call; and it imports TensorFlow where that is installed. So the records are built here,
+    with TensorBoard's classes, and written like the lines of the log. The imports are late because they are
+    slow.
     """
 
     def __init__(self, *, folder: Path) -> None:
@@ -89,7 +92,7 @@ class EventFile:
         append_whole(self._path, _record(Event(wall_time=wall_time, step=step, summary=summary)))
 
     def _begin(self, wall_time: float) -> Path:
-        """Start a file that sorts behind the ones before it: readers take them in the order of their names."""
+        """Start a file that sorts behind the ones before it: readers go by the names."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         self._folder.mkdir(exist_ok=True)

@@ -1,6 +1,5 @@
 """What a person sees of a run while it trains, and what stays of it in the run's folder."""
 
-import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,24 +12,24 @@ from torch import Tensor
 
 from ..inspection.balance import balance_metrics
 from ..moe.routing import BalanceSums
-from .display import Display
+from .display import Display, exp
 from .log import EventFile, JsonLog, Line
 
 
 class Reporter:
     """Shows a run on the console and keeps its numbers in `log.jsonl` and `tensorboard/`, under the same names.
 
-    folder: of the run; it exists. total_steps: of the whole run, so also of what was done before a resume. name: what the
-    display calls the run. log_every: steps between two lines of the log; the first and the last step have one too.
-    console: None shows nothing; where it is not a terminal, it gets a plain line now and then.
+    folder: of the run; it exists. total_steps: of the whole run, so also those before a resume. name: what the
+    display calls the run. log_every: steps from one line of the log to the next; the first and the last step
+    have one too. console: None shows nothing; one that is not a terminal gets a plain line now and then.
 
     Steps are counted from 1: `step` is the number of optimizer steps done. A line of the log has `kind` ("step",
-    "evaluation", or an event's), `step`, `time` (seconds since 1970) and the values. Numbers that are not finite
-    are the strings "nan", "inf" and "-inf". The metrics of a step are named `train/NAME`, those of an evaluation
-    `valid/NAME`, those of a layer's experts `LAYER/NAME`.
+    "evaluation", or an event's), `step`, `time` (seconds since 1970) and the values. Numbers that are not
+    finite are the strings "nan", "inf" and "-inf". The metrics of a step are named `train/NAME`, those of an
+    evaluation `valid/NAME`, those of a layer's experts `LAYER/NAME`. TensorBoard gets steps and evaluations.
 
-    A log that cannot be written (full disk) is no reason to stop training: it is said once, and the lines that the
-    disk refuses are missing from the file.
+    A log that cannot be written (full disk) is no reason to stop training: it is said once, and the lines that
+    the disk refuses are missing from the file.
     """
 
     def __init__(
@@ -64,31 +63,38 @@ class Reporter:
             OSError: the log cannot be read or shortened.
         """
         for line in self._log.truncate_after(step):
-            self._display.show(line)
+            self._display.take_in(line)
         self._events.purge_from(step + 1)
         self._display.resume_at(step)
         self._step = step
 
     def step(
-        self, step: int, metrics: Mapping[str, float | Tensor], balance: Mapping[str, BalanceSums] | None = None
+        self,
+        step: int,
+        metrics: Mapping[str, float | Tensor],
+        balance: Mapping[str, BalanceSums] | None = None,
     ) -> None:
         """Report an optimizer step. Reads values from the device only where the step is logged.
 
-        metrics: numbers or scalar tensors. `loss` is in nats per token, and its exponential is reported as
-        `perplexity`. `tokens` is the number of real tokens in this step, from which comes `tokens_per_second` since
-        the line before, without what passed in `doing`. All others are reported as they are.
-        balance: sums of this step's gates, by layer name.
+        metrics: numbers or scalar tensors. `loss` is in nats per token; its exponential is reported beside it,
+        as `perplexity`. `tokens` is the number of real tokens in this step; `tokens_per_second` comes from all
+        those since the line before and the time since then that was not spent in `doing`.
+        balance: sums of this step's gates, by layer name; reported as `balance_metrics`.
         """
         self._step = step
         self._tokens = self._tokens + metrics.get("tokens", 0)
+        self._display.advance(step)
         if step % self._log_every == 0 or step in (1, self._total_steps):
             self._write("step", self._step_values(metrics, balance or {}))
-        self._display.advance(step)
 
     def evaluation(self, step: int, metrics: Mapping[str, float | Tensor]) -> None:
         """Report an evaluation on held-out text. metrics: as in `step`, `loss` decides which is best."""
         self._step = step
-        self._write("evaluation", _with_perplexity("valid/", metrics))
+        self._write("evaluation", _named("valid/", metrics))
+
+    def warn(self, message: str) -> None:
+        """Show one line that asks for attention. It is not logged."""
+        self._display.say(message)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Report what happens between steps ("checkpoint", "skipped", "resume", ...), with plain values.
@@ -111,7 +117,7 @@ class Reporter:
     def _step_values(
         self, metrics: Mapping[str, float | Tensor], balance: Mapping[str, BalanceSums]
     ) -> dict[str, float]:
-        values = _with_perplexity("train/", metrics)
+        values = _named("train/", metrics)
         for layer, sums in balance.items():
             values |= {f"{layer}/{key}": value for key, value in balance_metrics(sums).items()}
         now = time.monotonic()  # after the values were read, so after the device has finished this step
@@ -120,8 +126,8 @@ class Reporter:
         self._tokens, self._since = 0, now
         return values
 
-    def _write(self, kind: str, values: Mapping[str, Any]) -> None:
-        line: Line = {"kind": kind, "step": self._step, "time": time.time()} | values
+    def _write(self, kind: str, values: dict[str, Any]) -> None:
+        line: Line = {"kind": kind, "step": self._step, "time": time.time(), **values}
         self._display.show(line)
         try:
             self._log.append(line)
@@ -133,15 +139,11 @@ class Reporter:
                 self._display.say(f"cannot write the log, training goes on without: {error}")
 
 
-def _with_perplexity(prefix: str, metrics: Mapping[str, float | Tensor]) -> dict[str, float]:
-    values = {prefix + key: float(value) for key, value in metrics.items()}
-    if "loss" in metrics:
-        values[prefix + "perplexity"] = _exp(values[prefix + "loss"])
+def _named(prefix: str, metrics: Mapping[str, float | Tensor]) -> dict[str, float]:
+    """The metrics on the host, under their full names, with the perplexity behind the loss."""
+    values: dict[str, float] = {}
+    for key, value in metrics.items():
+        values[prefix + key] = float(value)
+        if key == "loss":
+            values[prefix + "perplexity"] = exp(float(value))
     return values
-
-
-def _exp(value: float) -> float:
-    try:
-        return math.exp(value)
-    except OverflowError:
-        return math.inf
