@@ -13,21 +13,27 @@ class _Common:
         default=0, metadata={"doc": "output width of each LSTM if it projects its units, else 0"}
     )
     lstm_bias: bool = field(
-        default=False, metadata={"doc": "biases in the LSTMs; the paper's parameter counts leave no room for them"}
+        default=False,
+        metadata={"doc": "biases in the LSTMs; the paper's parameter counts leave no room for them"},
     )
     dropout: float = field(metadata={"doc": "share of each layer's outputs that is dropped in training"})
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "width", "lstm_units"):
             if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} ({getattr(self, name)}) must be at least 1")
+                raise ValueError(f"model.{name.replace('_', '-')} ({getattr(self, name)}) must be at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout ({self.dropout}) must be at least 0 and below 1")
+        if not 0 <= self.lstm_projection < self.lstm_units:
+            raise ValueError(
+                f"model.lstm-projection ({self.lstm_projection}) must be at least 0 "
+                f"and below model.lstm-units ({self.lstm_units}); 0 is without a projection"
+            )
         output = self.lstm_projection or self.lstm_units
         if output != self.width:
             raise ValueError(
-                f"model.width ({self.width}) must equal the LSTMs' output ({output}), for the residual connections; "
-                f"set model.lstm-projection {self.width} or model.lstm-units {self.width}"
+                f"model.width ({self.width}) must equal the LSTMs' output ({output}), for the residual "
+                f"connections; set model.lstm-projection {self.width} or model.lstm-units {self.width}"
             )
 
 
@@ -46,7 +52,13 @@ class MixtureLM(_Common):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 1 <= self.k <= self.num_experts:
-            raise ValueError(f"model.k ({self.k}) must be between 1 and model.num-experts ({self.num_experts})")
+            raise ValueError(
+                f"model.k ({self.k}) must be between 1 and model.num-experts ({self.num_experts})"
+            )
+        if self.hidden < 1:
+            raise ValueError(f"model.hidden ({self.hidden}) must be at least 1")
+        if not self.noise_epsilon >= 0:
+            raise ValueError(f"model.noise-epsilon ({self.noise_epsilon}) must be at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +71,9 @@ class FeedForwardLM(_Common):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.hidden or min(self.hidden) < 1:
-            raise ValueError(f"model.hidden ({self.hidden}) must name at least one layer of at least one unit")
+            raise ValueError(
+                f"model.hidden ({self.hidden}) must name at least one layer of at least one unit"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

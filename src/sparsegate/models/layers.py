@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ LSTMState = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class LayerOutput:
-    """y_BSD: the layer's output. state: what a recurrent layer carries on. routing: what a sparse layer decided."""
+    """y_BSD: the output. state: what a recurrent layer carries on. routing: what a sparse layer decided."""
 
     y_BSD: Tensor
     state: LSTMState | None = None
@@ -23,7 +24,7 @@ class LayerOutput:
 
 
 class Layer(nn.Module, ABC):
-    """Maps [B, S, width] to [B, S, width]. noise_width: standard normal draws per token, 0 for most layers."""
+    """Maps [B, S, width] to [B, S, width]. noise_width: standard normal draws per token, mostly 0."""
 
     noise_width: int = 0
 
@@ -39,7 +40,7 @@ class Layer(nn.Module, ABC):
 
 
 class Recurrent(Layer):
-    """An LSTM, projected if `projection` is not 0 (Sak et al. 2014): its projected output feeds the next step."""
+    """An LSTM; where `projection` is not 0, its projected output feeds the next step (Sak et al. 2014)."""
 
     def __init__(
         self,
@@ -58,7 +59,7 @@ class Recurrent(Layer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Uniform within 1/sqrt(units) as torch does; the forget gates' bias, where there is one, starts at 1."""
+        """Uniform within 1/sqrt(units) as torch does; biases, where there are any, 0 and 1 (forget gates)."""
         self.lstm.reset_parameters()
         units = self.lstm.hidden_size
         if self.lstm.bias:
@@ -78,7 +79,7 @@ class Recurrent(Layer):
 
 
 class Mixture(Layer):
-    """sigmoid(MoE(x)), applied to all time steps at once (section 3.1, "convolutionality"; appendix C.1, sigmoid)."""
+    """sigmoid(MoE(x)) (appendix C.1), applied to all time steps at once (section 3.1, "convolutionality")."""
 
     def __init__(self, moe: MoE) -> None:
         super().__init__()
@@ -96,7 +97,7 @@ class Mixture(Layer):
 
 
 class Dense(Layer):
-    """sigmoid(FF(x)), FF a stack of ReLU layers without biases: the mixture's single, always active expert."""
+    """sigmoid(FF(x)), FF a stack of ReLU layers without biases: a mixture's single expert, always active."""
 
     def __init__(
         self,
@@ -109,8 +110,7 @@ class Dense(Layer):
         super().__init__()
         widths = [width, *hidden, width]
         self.linears = nn.ModuleList(
-            nn.Linear(i, o, bias=False, device=device, dtype=dtype)
-            for i, o in zip(widths[:-1], widths[1:], strict=True)
+            nn.Linear(i, o, bias=False, device=device, dtype=dtype) for i, o in pairwise(widths)
         )
         self.reset_parameters()
 

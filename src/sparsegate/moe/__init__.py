@@ -1,1 +1,1 @@
-"""The sparsely-gated mixture-of-experts layer, on torch alone: decide (gating), compute (experts), balance (losses)."""
+"""The sparsely-gated mixture of experts, on torch alone: gating decides, experts compute, losses balance."""

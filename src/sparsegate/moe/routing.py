@@ -38,7 +38,7 @@ class BalanceSums:
 
 @dataclass(frozen=True, kw_only=True)
 class Routing:
-    """The sparse T x E matrix G(x) of eq. 1, kept as its N = T * pairs_per_token entries in token-major order.
+    """The sparse T x E matrix G(x) of eq. 1, kept as its N = T * pairs_per_token entries, token by token.
 
     A pair that is not used (padding) has `expert_N == num_experts` and weight 0. All shapes follow from the
     shape of the input, never from its values.
@@ -56,12 +56,17 @@ class Routing:
 
     @staticmethod
     def of_token_choice(
-        *, expert_TK: Tensor, weight_TK: Tensor, mask_T: Tensor | None, num_experts: int, load_E: Tensor | None
+        *,
+        expert_TK: Tensor,
+        weight_TK: Tensor,
+        mask_T: Tensor | None,
+        num_experts: int,
+        load_E: Tensor | None,
     ) -> "Routing":
         """The routing in which every real token goes to the K experts of its row.
 
-        expert_TK: int64, no expert twice in a row. weight_TK: their weights. mask_T: bool, true for real tokens.
-        load_E: the smooth load where the gate has one, else the hard counts stand in for it.
+        expert_TK: int64, no expert twice in a row. weight_TK: their weights. mask_T: bool, true for real
+        tokens. load_E: the smooth load where the gate has one, else the hard counts stand in for it.
         """
         num_tokens, pairs_per_token = expert_TK.shape
         if mask_T is not None:
@@ -73,7 +78,7 @@ class Routing:
             importance_E=_sum_by_expert(weight_N, expert_N, num_experts),
             count_E=count_E,
             load_E=count_E.to(weight_N.dtype) if load_E is None else load_E,
-            num_tokens=count_E.new_tensor(num_tokens) if mask_T is None else mask_T.sum(),
+            num_tokens=count_E.new_full((), num_tokens) if mask_T is None else mask_T.sum(),
         )
         token_T = torch.arange(num_tokens, device=expert_N.device)
         return Routing(
@@ -87,7 +92,7 @@ class Routing:
 
 
 def _sum_by_expert(value_N: Tensor, expert_N: Tensor, num_experts: int) -> Tensor:
-    """Sum the values of each expert's pairs; the unused pairs fall into a bin of their own, which is cut off."""
+    """Sum the values of each expert's pairs; unused pairs fall into a bin of their own, which is cut off."""
     return value_N.new_zeros(num_experts + 1).scatter_add(0, expert_N, value_N)[:num_experts]
 
 
@@ -98,7 +103,9 @@ def _register(cls: type, tensor_fields: tuple[str, ...], static_fields: tuple[st
         return [getattr(value, f) for f in tensor_fields], tuple(getattr(value, f) for f in static_fields)
 
     def unflatten(tensors: Any, static: tuple[int, ...]) -> Any:
-        return cls(**dict(zip(tensor_fields, tensors, strict=True)), **dict(zip(static_fields, static, strict=True)))
+        return cls(
+            **dict(zip(tensor_fields, tensors, strict=True)), **dict(zip(static_fields, static, strict=True))
+        )
 
     pytree.register_pytree_node(
         cls,

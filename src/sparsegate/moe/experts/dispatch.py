@@ -13,8 +13,9 @@ from ..routing import Routing
 class Plan:
     """Where each token-expert pair of a Routing stands among the rows, which are sorted by expert.
 
-    order_N: the pair of each row. row_N: the row of each pair, the inverse permutation. token_N: the token of
-    each row. end_E: one past the last row of each expert, int64. Rows past `end_E[-1]` belong to unused pairs.
+    order_N: the pair of each row. row_N: the row of each pair, the inverse permutation. token_N: the token
+    of each row. end_E: one past the last row of each expert, int64. Rows past `end_E[-1]` belong to unused
+    pairs.
     """
 
     order_N: Tensor
@@ -27,8 +28,9 @@ class Plan:
 def plan_rows(routing: Routing) -> Plan:
     """Sort the pairs of a routing by expert; the order within an expert is that of the tokens."""
     expert_N, order_N = routing.expert_N.sort(stable=True)
-    row_N = torch.empty_like(order_N).scatter(0, order_N, torch.arange(order_N.numel(), device=order_N.device))
-    expert_E = torch.arange(routing.num_experts, device=expert_N.device)
+    device = expert_N.device
+    row_N = torch.empty_like(order_N).scatter(0, order_N, torch.arange(order_N.numel(), device=device))
+    expert_E = torch.arange(routing.num_experts, device=device)
     return Plan(
         order_N=order_N,
         row_N=row_N,
@@ -55,8 +57,8 @@ def combine(rows_ND: Tensor, plan: Plan, weight_N: Tensor) -> Tensor:
 class _Gather(torch.autograd.Function):
     """x_TD -> rows_ND, each token copied to its rows; the transpose of `_Sum`.
 
-    Autograd's own transpose of an index is an index_add: slower, and in random order on a GPU. Each of the two
-    is the other's backward, so that they can be differentiated any number of times.
+    Autograd's own transpose of an index is an index_add: slower, and in random order on a GPU. Each of the
+    two is the other's backward, so that they can be differentiated any number of times.
     """
 
     generate_vmap_rule = True
@@ -82,7 +84,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(rows_ND: Tensor, token_N: Tensor, row_N: Tensor, pairs_per_token: int) -> Tensor:
-        rows_TKD = rows_ND.index_select(0, row_N).unflatten(0, (-1, pairs_per_token))
+        rows_TKD = rows_ND.index_select(0, row_N).reshape(-1, pairs_per_token, rows_ND.shape[1])
         return rows_TKD.sum(dim=1)
 
     @staticmethod

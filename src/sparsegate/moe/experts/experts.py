@@ -1,4 +1,4 @@
-"""Experts: the interface of everything that computes, and the base of those that work on rows in expert order."""
+"""Experts: the interface of everything that computes, and the base of those that work on rows by expert."""
 
 from abc import ABC, abstractmethod
 
@@ -32,4 +32,4 @@ class RowExperts(Experts):
 
     @abstractmethod
     def compute_rows(self, rows_ND: Tensor, end_E: Tensor) -> Tensor:
-        """Apply expert e to rows `end_E[e - 1]` to `end_E[e]`, and return zeros for the rows past the last end."""
+        """Apply expert e to rows `end_E[e - 1]` to `end_E[e]`; zeros for the rows past the last end."""

@@ -8,7 +8,7 @@ from .experts import RowExperts
 
 
 class FeedForward(RowExperts):
-    """E experts relu(x W_in) W_out, without biases (section 5.1: the parameter counts leave no room for them).
+    """E experts relu(x W_in) W_out, without biases (section 5.1: the parameter counts have no room for them).
 
     Parameters: w_in [E, width, hidden], w_out [E, hidden, width]. width: of input and output.
     """
@@ -24,14 +24,14 @@ class FeedForward(RowExperts):
     ) -> None:
         super().__init__()
         if min(width, hidden, num_experts) < 1:
-            raise ValueError(f"width, hidden, num_experts ({width}, {hidden}, {num_experts}) must be at least 1")
+            raise ValueError(f"width ({width}), hidden ({hidden}), num_experts ({num_experts}) must be >= 1")
         self.num_experts = num_experts
         self.w_in = nn.Parameter(torch.empty(num_experts, width, hidden, device=device, dtype=dtype))
         self.w_out = nn.Parameter(torch.empty(num_experts, hidden, width, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal with variance 2/fan_in before the ReLU and 1/fan_in after it, so that activations keep their size."""
+        """Normal of variance 2/fan_in before the ReLU and 1/fan_in after it: activations keep their size."""
         _, width, hidden = self.w_in.shape
         nn.init.normal_(self.w_in, std=(2 / width) ** 0.5)
         nn.init.normal_(self.w_out, std=hidden**-0.5)

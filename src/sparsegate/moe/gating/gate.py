@@ -27,8 +27,8 @@ class Gate(nn.Module, ABC):
     def ops_per_token(self) -> int:
         """Multiply-adds per token in the forward pass."""
 
-    def after_step(self, sums: BalanceSums) -> None:  # noqa: B027  most gates keep no balancing state
-        """Called once after each optimizer step with the sums of the whole batch."""
+    def after_step(self, sums: BalanceSums) -> None:
+        """Called after each optimizer step with the sums of the whole batch; does nothing in most gates."""
 
 
 def gate_dtype(x_TD: Tensor, weight_DE: Tensor) -> torch.dtype:

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..precision import autocast_off
 from ..routing import Routing
 from .gate import Gate, gate_dtype, require_experts, without_padding
 
@@ -34,7 +35,7 @@ class NoisyTopK(Gate):
     ) -> None:
         super().__init__()
         require_experts(num_experts=num_experts, k=k)
-        if noise_epsilon < 0:
+        if not noise_epsilon >= 0:
             raise ValueError(f"noise_epsilon ({noise_epsilon}) must not be negative")
         self.num_experts = self.noise_width = num_experts
         self.pairs_per_token = k
@@ -56,7 +57,7 @@ class NoisyTopK(Gate):
 
     def forward(self, x_TD: Tensor, mask_T: Tensor | None = None, noise: Tensor | None = None) -> Routing:
         k = self.pairs_per_token
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with autocast_off(x_TD.device):
             x_TD = without_padding(x_TD, mask_T).to(gate_dtype(x_TD, self.w_gate))
             clean_TE = x_TD @ self.w_gate.to(x_TD.dtype)
             if self.training:
@@ -82,7 +83,7 @@ class NoisyTopK(Gate):
 
 
 def probability_in_topk(clean_TE: Tensor, std_TE: Tensor, top_TK1: Tensor, chosen_TK: Tensor) -> Tensor:
-    """P(x, i) of eq. 8 and 9: the probability that expert i stays among the k best if only its noise is redrawn.
+    """P(x, i) of eq. 8 and 9: the probability that expert i is among the k best if only its noise is redrawn.
 
     clean_TE: logits without noise. std_TE: standard deviation of the noise. top_TK1: the k + 1 largest noisy
     logits in descending order. chosen_TK: the experts of the first k. Returns [T, E].

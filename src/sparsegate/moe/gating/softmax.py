@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ..precision import autocast_off
 from ..routing import Routing
 from .gate import Gate, gate_dtype, require_experts, without_padding
 
@@ -42,7 +43,7 @@ class Softmax(Gate):
     def forward(self, x_TD: Tensor, mask_T: Tensor | None = None, noise: Tensor | None = None) -> Routing:
         if noise is not None:
             raise ValueError("noise: softmax gating uses none; pass None")
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with autocast_off(x_TD.device):
             x_TD = without_padding(x_TD, mask_T).to(gate_dtype(x_TD, self.w_gate))
             weight_TE = (x_TD @ self.w_gate.to(x_TD.dtype)).softmax(dim=-1)
             expert_E = torch.arange(self.num_experts, device=x_TD.device)

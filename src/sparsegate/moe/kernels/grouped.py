@@ -1,8 +1,8 @@
 """The grouped product as one operator: autograd to any order, autocast, fake tensors, no graph break.
 
-`F.grouped_mm` cannot be called directly: its fake kernel refuses all but bfloat16 on torch 2.11 to 2.13, it has
-no float64, and its backward fails on expanded gradients. Here each expert's rows go through one `mm` into place,
-which on CPU is also the faster of the two.
+`F.grouped_mm` cannot be called directly: its fake kernel refuses all but bfloat16 on torch 2.11 to 2.13, it
+has no float64, and its backward fails on expanded gradients. Here each expert's rows go through one `mm` into
+place, which on CPU is also the faster of the two.
 """
 
 from collections.abc import Iterator
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..precision import as_autocast
+
 
 def grouped_product(rows_ND: Tensor, weight_EDH: Tensor, end_E: Tensor) -> Tensor:
     """Multiply each expert's rows by its matrix: out[r] = rows[r] @ weight[e] for the rows r of expert e.
@@ -18,11 +20,7 @@ def grouped_product(rows_ND: Tensor, weight_EDH: Tensor, end_E: Tensor) -> Tenso
     rows_ND: in expert order. weight_EDH: one matrix per expert, of the rows' dtype unless autocast is on.
     end_E: int64, one past each expert's last row. Returns [N, H]; zeros for the rows past the last end.
     """
-    device = rows_ND.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        rows_ND, weight_EDH = rows_ND.to(dtype), weight_EDH.to(dtype)
-    return _product(rows_ND, weight_EDH, end_E)
+    return _product(as_autocast(rows_ND), as_autocast(weight_EDH), end_E)
 
 
 def _groups(end_E: Tensor) -> Iterator[tuple[int, int, int]]:
@@ -46,7 +44,7 @@ def _product(rows_ND: Tensor, weight_EDH: Tensor, end_E: Tensor) -> Tensor:
 
 @torch.library.custom_op("sparsegate::grouped_outer", mutates_args=())
 def _outer(left_ND: Tensor, right_NH: Tensor, end_E: Tensor) -> Tensor:
-    """Sum of outer products per expert, the weight's gradient: out[e] = left[rows of e]^T @ right[rows of e]."""
+    """Products over each expert's rows, the weight's gradient: out[e] = left[rows of e]^T @ right[rows of e]."""
     out_EDH = left_ND.new_empty(end_E.shape[0], left_ND.shape[1], right_NH.shape[1])
     for expert, start, end in _groups(end_E):
         if end > start:
