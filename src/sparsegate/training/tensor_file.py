@@ -73,7 +73,7 @@ class EncodedTensors:
         yield self.header
         for tensor in self.tensors:
             plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-            yield memoryview(_bytes_of(plain).numpy())
+            yield _bytes_of(plain).numpy().data
 
 
 def encode_tensors(
@@ -92,7 +92,7 @@ def encode_tensors(
     for key in order:
         begin, end = end, end + tensors[key].nbytes
         offsets[key] = [begin, end]
-    header: dict[str, Json] = {_METADATA: dict(metadata)} if metadata else {}
+    header: dict[str, object] = {_METADATA: dict(metadata)} if metadata else {}
     for key, tensor in tensors.items():
         dtype, shape = _DTYPE_NAMES[tensor.dtype], list(tensor.shape)
         header[key] = {"dtype": dtype, "shape": shape, "data_offsets": offsets[key]}
@@ -126,7 +126,7 @@ def read_tensors(reader: Reader) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors = {key: regions[key].allocate() for key in regions}
     for key in order:
         view = _bytes_of(tensors[key])
-        reader.read_into(memoryview(view.numpy()))
+        reader.read_into(view.numpy().data)
         if tensors[key].dtype == torch.bool and bool((view > 1).any()):
             raise ValueError(f"tensor {short_repr(key)} of truth values holds bytes other than 0 and 1")
     return tensors, metadata
