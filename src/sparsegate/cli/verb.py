@@ -7,7 +7,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..training.overrides import did_you_mean, options, replace_by_path, type_name
+from ..training.overrides import did_you_mean, options, replace_by_path
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -55,10 +55,13 @@ def parse(verb: Verb, argv: Sequence[str], *, name: str, summary: str) -> Namesp
     args.config = verb.config(args)
     if args.config is None:
         _check_known(changes, flags)
-    else:
+        return args
+    # The kind of a section decides which fields it has, so kinds change first.
+    kinds = {flag: changes.pop(flag) for flag in list(changes) if flag.endswith(".kind")}
+    for some in (kinds, changes):
         fields = {_flag(option.path): option.path for option in options(args.config)}
-        _check_known(changes, [*flags, *fields])
-        args.config = replace_by_path(args.config, {fields[flag]: value for flag, value in changes.items()})
+        _check_known(some, [*flags, *fields])
+        args.config = replace_by_path(args.config, {fields[flag]: value for flag, value in some.items()})
     return args
 
 
@@ -94,7 +97,7 @@ class _Help(argparse.Action):
                 group = parser.add_argument_group("fields of the configuration, and their values in it")
                 for option in options(config):
                     text = f"{option.doc} ({_text(option.value)})".lstrip().replace("%", "%%")
-                    group.add_argument(_flag(option.path), metavar=type_name(option.type), help=text)
+                    group.add_argument(_flag(option.path), metavar=option.type, help=text)
         parser.print_help()
         parser.exit()
 

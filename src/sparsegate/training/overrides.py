@@ -30,6 +30,8 @@ from .strict_json import Json, parse_json
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+    Classes = tuple[type[DataclassInstance], ...]
+
 Config = TypeVar("Config", bound="DataclassInstance")
 
 _ANYTHING: TypeAdapter[Any] = TypeAdapter(Any)
@@ -41,13 +43,13 @@ class Option:
 
     Attributes:
         path: the names of its sections and its own, joined by dots.
-        type: its annotation.
+        type: what it takes, in the words of the command line (`float|none`, `words|bytes`, `int,...`).
         value: what it is now.
         doc: what it means.
     """
 
     path: str
-    type: Any
+    type: str
     value: object
     doc: str
 
@@ -56,12 +58,15 @@ def options(config: "DataclassInstance", *, path: str = "") -> Iterator[Option]:
     """The fields of a configuration and of its sections, in the order of their definition."""
     types = _types(type(config))
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
+        value, here = getattr(config, field.name), path + field.name
+        doc = field.metadata.get("doc", "")
+        kinds = _by_kind(_sections(types[field.name]))
+        if kinds:
+            yield Option(path=f"{here}.kind", type="|".join(kinds), value=value.kind, doc=doc)
         if dataclasses.is_dataclass(value):
-            yield from options(value, path=f"{path}{field.name}.")
+            yield from options(value, path=f"{here}.")
         elif field.name != "kind":
-            doc = field.metadata.get("doc", "")
-            yield Option(path=path + field.name, type=types[field.name], value=value, doc=doc)
+            yield Option(path=here, type=type_name(types[field.name]), value=value, doc=doc)
 
 
 def to_json(config: "DataclassInstance") -> dict[str, Json]:
@@ -91,31 +96,24 @@ def read_config(cls: type[Config], file: Path) -> Config:
         raise ValueError(f"{file}: {error}") from None
 
 
-def replace_by_path(config: Config, changes: Mapping[str, object], *, path: str = "") -> Config:
+def replace_by_path(config: Config, changes: Mapping[str, object]) -> Config:
     """The configuration with some fields changed: `replace_by_path(config, {"model.num_experts": "64"})`.
 
     A text is read as its field's type: `3e-4`, `true`, `none`, `512,1024` for a tuple. Any other value must
-    have that type. The fields of one section change together: relations hold between their new values.
+    have that type. The fields of one section change together: relations hold between their new values. A
+    section that becomes of another kind (`batches.kind`) keeps the fields that both kinds have, and has
+    defaults for the others.
 
     Raises:
         ValueError: as `from_json`.
     """
-    known = [option.path for option in options(config)]
-    for key in changes:
-        if key not in known:
-            raise ValueError(f"{path}{key}: no such field{did_you_mean(key, known)}")
-    types = _types(type(config))
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    sections: dict[str, dict[str, object]] = {}
-    for key, value in changes.items():
-        name, dot, rest = key.partition(".")
-        if dot:
-            sections.setdefault(name, {})[rest] = value
-        else:
-            values[name] = _value(types[name], value, path + name, from_text=isinstance(value, str))
-    for name, inner in sections.items():
-        values[name] = replace_by_path(values[name], inner, path=f"{path}{name}.")
-    return _construct(type(config), values, path)
+    kinds = {path: value for path, value in changes.items() if path.endswith(".kind")}
+    _check_known(kinds, config)
+    for path, kind in kinds.items():
+        config = _with_kind(config, path.removesuffix(".kind"), kind)
+    values = {path: value for path, value in changes.items() if path not in kinds}
+    _check_known(values, config)
+    return _replaced(config, values, "")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -152,10 +150,42 @@ def type_name(annotation: Any) -> str:
     return "none" if annotation is NoneType else annotation.__name__.lower()
 
 
-def _section(classes: tuple[type["DataclassInstance"], ...], data: object, path: str) -> Any:
+def _check_known(paths: Iterable[str], config: "DataclassInstance") -> None:
+    known = [option.path for option in options(config)]
+    for path in paths:
+        if path not in known:
+            raise ValueError(f"{path}: no such field{did_you_mean(path, known)}")
+
+
+def _replaced(config: Config, changes: Mapping[str, object], path: str) -> Config:
+    types = _types(type(config))
+    values = _values(config)
+    sections: dict[str, dict[str, object]] = {}
+    for key, value in changes.items():
+        name, dot, rest = key.partition(".")
+        if dot:
+            sections.setdefault(name, {})[rest] = value
+        else:
+            values[name] = _value(types[name], value, path + name, from_text=isinstance(value, str))
+    for name, inner in sections.items():
+        values[name] = _replaced(values[name], inner, f"{path}{name}.")
+    return _construct(type(config), values, path)
+
+
+def _with_kind(config: Config, name: str, kind: object) -> Config:
+    cls = _class_of_kind(_sections(_types(type(config))[name]), kind, f"{name}.")
+    section = getattr(config, name)
+    if cls is type(section):
+        return config
+    old, new = _types(type(section)), _types(cls)
+    kept = {key: value for key, value in to_json(section).items() if new.get(key) == old[key]}
+    return dataclasses.replace(config, **{name: _section((cls,), kept, f"{name}.")})
+
+
+def _section(classes: "Classes", data: object, path: str) -> Any:
     if not isinstance(data, dict):
         where = path.rstrip(".") or "the configuration"
-        raise ValueError(f"{where} ({_shown(data)}) should be a JSON object")
+        raise ValueError(f"{where} ({_short(repr(data))}) should be a JSON object")
     cls = classes[0] if len(classes) == 1 else _class_of_kind(classes, data.get("kind"), path)
     types = _types(cls)
     for key in data:
@@ -170,10 +200,21 @@ def _section(classes: tuple[type["DataclassInstance"], ...], data: object, path:
     return _construct(cls, values, path)
 
 
-def _class_of_kind(classes: tuple[type, ...], kind: object, path: str) -> type:
-    by_kind = {name: cls for cls in classes for name in get_args(_types(cls)["kind"])}
+def _sections(annotation: Any) -> "Classes":
+    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return tuple(member for member in members if dataclasses.is_dataclass(member))
+
+
+def _by_kind(classes: "Classes") -> "dict[str, type[DataclassInstance]]":
+    if len(classes) < 2:
+        return {}
+    return {kind: cls for cls in classes for kind in get_args(_types(cls)["kind"])}
+
+
+def _class_of_kind(classes: "Classes", kind: object, path: str) -> "type[DataclassInstance]":
+    by_kind = _by_kind(classes)
     if not isinstance(kind, str) or kind not in by_kind:
-        raise ValueError(f"{path}kind ({_shown(kind)}) should be one of {', '.join(by_kind)}")
+        raise ValueError(f"{path}kind ({_short(repr(kind))}) should be one of {', '.join(by_kind)}")
     return by_kind[kind]
 
 
@@ -188,21 +229,20 @@ def _construct(cls: type[Config], values: Mapping[str, object], path: str) -> Co
 
 
 def _value(annotation: Any, value: object, path: str, *, from_text: bool) -> object:
-    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    sections = tuple(member for member in members if dataclasses.is_dataclass(member))
-    if sections and not (value is None and NoneType in members):
+    if sections := _sections(annotation):
         return _section(sections, value, f"{path}.")
     adapter: TypeAdapter[Any] = TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))
     try:
         if from_text:
-            return adapter.validate_python(_split(members, str(value)))
+            return adapter.validate_python(_split(annotation, str(value)))
         return adapter.validate_json(_ANYTHING.dump_json(value), strict=True)
     except ValidationError as error:
-        cause = error.errors()[0]["msg"].removeprefix("Input ")
-        raise ValueError(f"{path} ({value if from_text else _shown(value)}) {cause}") from None
+        cause = error.errors()[0]["msg"].removeprefix("Input ").partition(", unable to")[0]
+        raise ValueError(f"{path} ({_short(str(value) if from_text else repr(value))}) {cause}") from None
 
 
-def _split(members: tuple[Any, ...], text: str) -> object:
+def _split(annotation: Any, text: str) -> object:
+    members = (annotation, *get_args(annotation))
     if NoneType in members and text.lower() == "none":
         return None
     if any(get_origin(member) is tuple for member in members):
@@ -210,9 +250,12 @@ def _split(members: tuple[Any, ...], text: str) -> object:
     return text
 
 
-def _shown(value: object) -> str:
-    text = repr(value)
+def _short(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _values(config: "DataclassInstance") -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
 
 def _types(cls: type) -> dict[str, Any]:
