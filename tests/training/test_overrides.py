@@ -1,5 +1,6 @@
 import json
 import re
+import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -199,6 +200,26 @@ def test_a_broken_file_is_refused_by_name(tmp_path: Path, content: bytes):
     file.write_bytes(content)
     with pytest.raises(ValueError, match=f"^{file}: "):
         read_config(Wood, file)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.integers(0, 3), st.binary(max_size=4)), min_size=1, max_size=4),
+)
+def test_a_damaged_file_is_refused_in_one_line_or_is_a_wood(damages: list[tuple[float, int, bytes]]):
+    content = json.dumps(to_json(WOOD), indent=2).encode()
+    for where, length, replacement in damages:
+        first = int(where * len(content))
+        content = content[:first] + replacement + content[first + length :]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "config.json")
+        file.write_bytes(content)
+        try:
+            wood = read_config(Wood, file)
+        except ValueError as refused:
+            assert str(refused).startswith(f"{file}: ")
+            assert "\n" not in str(refused)
+        else:
+            assert from_json(Wood, to_json(wood)) == wood
 
 
 def test_options_tell_path_type_value_and_meaning():

@@ -32,7 +32,7 @@ _CODES = {
     "sparsegate.training.storage.CannotSave": CANNOT_SAVE,
     "sparsegate.training.step.NonFinite": NON_FINITE,
 }
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
