@@ -46,11 +46,11 @@ def dispatch(x_TD: Tensor, plan: Plan) -> Tensor:
 
 
 def combine(rows_ND: Tensor, plan: Plan, weight_N: Tensor) -> Tensor:
-    """Sum each token's rows, multiplied by the gate's weights, in the weights' dtype: y_TD.
+    """Sum each token's rows, multiplied by the gate's weights, in the wider dtype of the two: y_TD.
 
     The sum over a token's K pairs runs over a [T, K, D] view, in the order of the pairs: it is deterministic.
     """
-    weighted_ND = rows_ND.to(weight_N.dtype) * _Permute.apply(weight_N[:, None], plan.order_N, plan.row_N)
+    weighted_ND = rows_ND * _Permute.apply(weight_N[:, None], plan.order_N, plan.row_N)
     return _Sum.apply(weighted_ND, plan.token_N, plan.row_N, plan.pairs_per_token)
 
 

@@ -44,7 +44,7 @@ def _product(rows_ND: Tensor, weight_EDH: Tensor, end_E: Tensor) -> Tensor:
 
 @torch.library.custom_op("sparsegate::grouped_outer", mutates_args=())
 def _outer(left_ND: Tensor, right_NH: Tensor, end_E: Tensor) -> Tensor:
-    """Products over each expert's rows, the weight's gradient: out[e] = left[rows of e]^T @ right[rows of e]."""
+    """Products over each expert's rows, the gradient of a weight: left[rows of e]^T @ right[rows of e]."""
     out_EDH = left_ND.new_empty(end_E.shape[0], left_ND.shape[1], right_NH.shape[1])
     for expert, start, end in _groups(end_E):
         if end > start:

@@ -1,0 +1,123 @@
+"""The grouped product: equal to its reference, differentiable to any order, an honest operator."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError
+
+from sparsegate.moe.kernels import grouped, reference
+from sparsegate.moe.kernels.grouped import grouped_product
+from tests.helpers.derivatives import assert_derivatives, off_by_a_factor
+from tests.helpers.moe_cases import gradients
+from tests.helpers.tolerances import TOLERANCES, assert_close
+
+# Ends of three groups among seven rows: some with empty groups, some with unused rows at the end.
+ENDS = {"even": [2, 4, 7], "empty": [0, 4, 4], "one": [0, 7, 7], "unused": [1, 3, 5], "none": [0, 0, 0]}
+OPERATORS = {"product": grouped._product, "outer": grouped._outer}
+
+
+def operands(operator: str, num_rows: int = 7, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    second = (3, 4, 5) if operator == "product" else (num_rows, 5)
+    return (
+        torch.randn(num_rows, 4, dtype=dtype, requires_grad=True),
+        torch.randn(second, dtype=dtype, requires_grad=True),
+    )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS)
+def test_values_and_gradients_equal_the_reference(ends, dtype):
+    rows, weight = operands("product", dtype=dtype)
+    end_E = torch.tensor(ends)
+    cotangent = torch.randn(7, 5, dtype=dtype)
+    ours = grouped_product(rows, weight, end_E)
+    theirs = reference.grouped_product(rows.double(), weight.double(), end_E)
+    assert ours.dtype == dtype
+    assert_close(ours, theirs)
+    our_gradients = gradients((ours * cotangent).sum(), rows, weight)
+    their_gradients = gradients((theirs * cotangent).sum(), rows, weight)
+    for our_gradient, their_gradient in zip(our_gradients, their_gradients, strict=True):
+        assert_close(our_gradient, their_gradient)
+
+
+@pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS)
+def test_the_reference_multiplies_row_by_row(ends):
+    rows, weight = operands("product")
+    expected = torch.zeros(7, 5, dtype=torch.float64)
+    for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        for row in range(start, end):
+            for column in range(5):
+                expected[row, column] = sum(rows[row, d] * weight[expert, d, column] for d in range(4))
+    assert_close(reference.grouped_product(rows, weight, torch.tensor(ends)), expected)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS)
+def test_derivatives_are_those_of_finite_differences(operator, ends):
+    end_E = torch.tensor(ends)
+
+    def function(a: Tensor, b: Tensor) -> Tensor:
+        return OPERATORS[operator](a, b, end_E)
+
+    assert_derivatives(function, *operands(operator))
+
+
+@pytest.mark.parametrize("position", [0, 1])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_factor_planted_in_a_backward_is_caught(operator, position, monkeypatch):
+    function = OPERATORS[operator]
+    monkeypatch.setattr(function, "_backward_fn", off_by_a_factor(function._backward_fn, position))
+    with pytest.raises(GradcheckError):
+        assert_derivatives(lambda a, b: function(a, b, torch.tensor([2, 4, 7])), *operands(operator))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize(
+    ("num_rows", "ends"), [(7, [1, 3, 5]), (0, [0, 0, 0])], ids=["empty and unused", "no rows"]
+)
+def test_the_operators_keep_what_they_register(operator, num_rows, ends):
+    torch.library.opcheck(
+        OPERATORS[operator], (*operands(operator, num_rows=num_rows, dtype=torch.float32), torch.tensor(ends))
+    )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_memory_layout_makes_no_difference(dtype):
+    rows, weight = operands("product", dtype=dtype)
+    end_E = torch.tensor([2, 4, 6])
+    strided = (
+        rows.detach().T.contiguous().T.requires_grad_(),
+        weight.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(),
+    )
+    every_other = torch.zeros(7, 10, dtype=dtype)[:, ::2]
+    every_other.copy_(torch.randn(7, 5))
+    assert not any(t.is_contiguous() for t in (*strided, every_other))
+    for a, b in (strided, (rows, weight)):
+        for cotangent in (every_other, torch.ones(1, 1, dtype=dtype).expand(7, 5)):
+            out = grouped_product(a, b, end_E)
+            expected = grouped_product(rows, weight, end_E)
+            ours = torch.autograd.grad(out, (a, b), cotangent)
+            theirs = torch.autograd.grad(expected, (rows, weight), cotangent.contiguous())
+            for value, other in zip((out, *ours), (expected, *theirs), strict=True):
+                assert_close(value, other)
+
+
+def test_rows_past_the_last_end_reach_nothing_even_if_they_are_nan():
+    rows, weight = operands("product")
+    rows = rows.detach().index_fill(0, torch.tensor([5, 6]), torch.nan).requires_grad_()
+    out = grouped_product(rows, weight, torch.tensor([1, 3, 5]))
+    grad_rows, grad_weight = torch.autograd.grad(
+        out, (rows, weight), torch.ones(7, 5).index_fill(0, torch.tensor([5, 6]), torch.nan).double()
+    )
+    assert not out[5:].any()
+    assert not grad_rows[5:].any()
+    assert grad_weight.isfinite().all()
+
+
+def test_autocast_casts_all_but_float64():
+    for dtype, expected in ((torch.float32, torch.bfloat16), (torch.float64, torch.float64)):
+        rows, weight = operands("product", dtype=dtype)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = grouped_product(rows, weight, torch.tensor([2, 4, 7]))
+            assert out.dtype == expected == (rows @ weight[0]).dtype
+        assert {g.dtype for g in gradients(out.sum(), rows, weight)} == {dtype}
