@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import zip_longest
 from typing import Any
 
 from rich import box
@@ -10,7 +11,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
 _PLAIN_SECONDS = 30.0
@@ -22,6 +23,7 @@ _BALANCE = ("cv_load", "cv_importance", "max_over_mean_load", "dead_experts")
 _LABELS = {
     "tokens_per_second": "tokens/s",
     "learning_rate": "rate",
+    "word_perplexity": "per word",
     "bits_per_byte": "bits/byte",
     "cv_importance": "CV importance",
     "cv_load": "CV load",
@@ -30,6 +32,8 @@ _LABELS = {
 }
 _FORMATS = {
     "loss": ".3f",
+    "perplexity": "#.4g",
+    "word_perplexity": "#.4g",
     "tokens_per_second": ",.0f",
     "bits_per_byte": ".3f",
     "learning_rate": ".2e",
@@ -39,17 +43,19 @@ _FORMATS = {
     "dead_experts": ",.0f",
 }
 _ALARMING = {"cv_importance": 1.0, "cv_load": 1.0, "dead_experts": 0.0}  # yellow above this
-_KIND_STYLES = {"evaluation": "green", "skipped": "yellow", "resume": "cyan"}
+_KIND_STYLES = {"evaluation": "green", "skipped": "yellow", "warning": "yellow"}
 
 
 class Display:
     """Shows the lines of the log as they are written.
 
-    console: None shows nothing. On a terminal a panel stays at the bottom, and evaluations and events scroll by
-    above it; elsewhere there is a plain line every half minute, and one for each evaluation and event. Losses
-    of single steps are noisy: what is shown of them is a running mean over the last ten logged steps or so.
+    console: None shows nothing. On a terminal a panel stays at the bottom, and evaluations and events scroll
+    by above it; elsewhere there is a plain line every half minute, and one for each evaluation and event.
+    activity: what keeps the run from training, or "".
 
-    A console that cannot be written to (a closed pipe, a full disk behind it) is left alone from then on.
+    The loss of one step is noisy: what is shown is a running mean over the last ten logged steps or so. Of
+    several layers with experts, the worst is shown. A console that cannot be written to (a closed pipe, a
+    full disk behind it) is left alone from then on.
     """
 
     def __init__(self, *, name: str, total_steps: int, console: Console | None) -> None:
@@ -62,7 +68,7 @@ class Display:
         self._began = time.monotonic()
         self._spoke_at = -math.inf
         self._loss = _RunningMean(rate=0.1)
-        self._curve = _Curve()
+        self._curve = _Curve(label="loss     ")
         self._train: dict[str, float] = {}
         self._valid: dict[str, float] = {}
         self._best = (math.inf, 0)
@@ -101,7 +107,7 @@ class Display:
         if line["kind"] != "step":
             self._print(_event_text(line))
         elif self._live is None and (self._is_time_to_speak() or line["step"] == self._total_steps):
-            self._print(self._plain_text(line["step"]))
+            self._print(self._plain_text())
 
     def say(self, message: str) -> None:
         self._print(Text(message, style="yellow"))
@@ -110,17 +116,16 @@ class Display:
         """The panel, as it is now."""
         bar = Table.grid(padding=(0, 2, 0, 0), expand=True)
         bar.add_column(ratio=1)
+        for _ in range(3):
+            bar.add_column(no_wrap=True)
         bar.add_row(
             ProgressBar(total=self._total_steps, completed=self._step, complete_style="cyan"),
             Text(f"{self._step:,}/{self._total_steps:,}", style="bold"),
-            Text(f"{self._step / self._total_steps:.0%}"),
+            Text(self._percent()),
             Text(self._time_left(), style="cyan"),
         )
-        rows = Table.grid(*(Column(no_wrap=True) for _ in range(5)), padding=(0, 2, 0, 0))
-        for label, cells in self._rows():
-            rows.add_row(Text(label, style="dim"), *cells)
         return Panel(
-            Group(bar, rows, self._curve),
+            Group(bar, *_aligned(self._rows()), self._curve),
             box=box.ROUNDED,
             border_style="bright_black",
             title=Text(self._name, style="bold"),
@@ -129,20 +134,25 @@ class Display:
             subtitle_align="left",
         )
 
-    def _rows(self) -> Iterator[tuple[str, list[Text]]]:
+    def _rows(self) -> Iterator[list[Text]]:
         if self._train:
-            yield "train", list(_cells(self._train, (f"train/{key}" for key in _TRAIN)))
+            yield [Text("train", style="dim"), *_cells(self._train, "train/", _TRAIN)]
         if balance := _worst_of_layers(self._train):
-            yield "experts", list(_cells(balance, _BALANCE))
+            yield [Text("experts", style="dim"), *_cells(balance, "", _BALANCE)]
         if self._valid:
-            cells = list(_cells(self._valid, (f"valid/{key}" for key in _VALID)))
-            yield "valid", [*cells, Text(f"best at {self._best[1]:,}", style="green")]
+            yield [Text("valid", style="dim"), *_cells(self._valid, "valid/", _VALID), *self._best_cell()]
 
-    def _plain_text(self, step: int) -> Text:
-        head = Text(f"{self._name}  {step:,}/{self._total_steps:,} ({step / self._total_steps:.0%})")
+    def _best_cell(self) -> list[Text]:
+        return [Text(f"best at {self._best[1]:,}", style="green")] if self._best[1] else []
+
+    def _plain_text(self) -> Text:
+        head = Text(f"{self._name}  {self._step:,}/{self._total_steps:,} ({self._percent()})")
         balance = _worst_of_layers(self._train)
-        cells = [*_cells(self._train, (f"train/{key}" for key in _TRAIN)), *_cells(balance, _BALANCE)]
+        cells = [*_cells(self._train, "train/", _TRAIN), *_cells(balance, "", _BALANCE)]
         return Text("  ").join([head, *cells, Text(self._time_left())])
+
+    def _percent(self) -> str:
+        return f"{self._step / self._total_steps:.0%}"
 
     def _is_time_to_speak(self) -> bool:
         due = time.monotonic() - self._spoke_at >= _PLAIN_SECONDS
@@ -170,7 +180,7 @@ class Display:
 
 
 class _RunningMean:
-    """Exponentially weighted mean without the bias towards its start; begins anew after a non-finite value."""
+    """Exponentially weighted mean without bias towards its start; begins anew after a non-finite value."""
 
     def __init__(self, *, rate: float) -> None:
         self._rate, self._sum, self._weight = rate, 0.0, 0.0
@@ -185,17 +195,22 @@ class _RunningMean:
 
 
 class _Curve:
-    """A quantity over time, as one line of bars as wide as there is room. Keeps a bounded number of values."""
+    """A quantity over time, as one line of bars as wide as there is room.
+
+    Keeps a bounded number of values, evenly thinned out.
+    """
 
     _BARS = "▁▂▃▄▅▆▇█"
     _MOST = 1024
+    _LARGEST = 1e30  # so that differences of what is drawn are finite
 
-    def __init__(self) -> None:
+    def __init__(self, *, label: str) -> None:
+        self._label = label
         self._values: list[float] = []
         self._num_added, self._stride = 0, 1
 
     def add(self, value: float) -> None:
-        if self._num_added % self._stride == 0 and math.isfinite(value):
+        if self._num_added % self._stride == 0 and abs(value) < self._LARGEST:
             self._values.append(value)
         self._num_added += 1
         if len(self._values) > self._MOST:
@@ -205,11 +220,12 @@ class _Curve:
         values = self._values
         if len(values) < 2 or options.ascii_only:
             return
-        width = min(options.max_width, len(values))
+        width = min(max(options.max_width - len(self._label), 2), len(values))
         columns = [values[i * (len(values) - 1) // (width - 1)] for i in range(width)]
         low, high = min(columns), max(columns)
-        scale = (len(self._BARS) - 1) / ((high - low) or 1.0)
-        yield Text("".join(self._BARS[round((value - low) * scale)] for value in columns), style="blue")
+        span = (high - low) or 1.0
+        bars = "".join(self._BARS[round((value - low) / span * 7)] for value in columns)
+        yield Text.assemble((self._label, "dim"), (bars, "blue"))
 
 
 def exp(value: float) -> float:
@@ -234,17 +250,28 @@ def _worst_of_layers(values: Mapping[str, float]) -> dict[str, float]:
     return worst
 
 
-def _cells(values: Mapping[str, float], tags: Iterable[str]) -> Iterator[Text]:
-    return (_cell(tag, values[tag]) for tag in tags if tag in values)
+def _aligned(rows: Iterable[list[Text]]) -> Iterator[Text]:
+    """Each row as one line, with its cells in columns; a line that is too long loses its end."""
+    rows = list(rows)
+    widths = [max(cell.cell_len for cell in column if cell) for column in zip_longest(*rows)]
+    for row in rows:
+        for cell, width in zip(row, widths, strict=False):
+            cell.pad_right(width - cell.cell_len)
+        line = Text("  ").join(row)
+        line.no_wrap, line.overflow = True, "ellipsis"
+        line.rstrip()
+        yield line
 
 
-def _cell(tag: str, value: Any) -> Text:
-    key = tag.rpartition("/")[2]
+def _cells(values: Mapping[str, float], prefix: str, keys: Iterable[str]) -> Iterator[Text]:
+    return (_cell(key, values[prefix + key]) for key in keys if prefix + key in values)
+
+
+def _cell(key: str, value: float) -> Text:
     style = "bold yellow" if value > _ALARMING.get(key, math.inf) else "bold"
     number, label = (_number(key, value), style), (_label(key), "dim")
-    return (
-        Text.assemble(number, " ", label) if key == "tokens_per_second" else Text.assemble(label, " ", number)
-    )
+    first, second = (number, label) if key == "tokens_per_second" else (label, number)
+    return Text.assemble(first, " ", second)
 
 
 def _label(key: str) -> str:
@@ -252,11 +279,11 @@ def _label(key: str) -> str:
 
 
 def _number(key: str, value: float) -> str:
-    if not math.isfinite(value):
-        return str(value)
+    if abs(value) >= 1e9:
+        return f"{value:.2e}"
     if abs(value) >= 1000:
         return f"{value:,.0f}"
-    return format(value, _FORMATS.get(key, "#.4g" if isinstance(value, float) else ","))
+    return format(value, _FORMATS.get(key, ".4g" if isinstance(value, float) else ","))
 
 
 def _event_text(line: Mapping[str, Any]) -> Text:
@@ -267,8 +294,11 @@ def _event_text(line: Mapping[str, Any]) -> Text:
 
 
 def _field(key: str, value: Any) -> Text:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return _cell(key, value) if is_number else Text.assemble((_label(key), "dim"), " ", str(value))
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return _cell(key.rpartition("/")[2], value)
+    if key == "message":
+        return Text(str(value))
+    return Text.assemble((_label(key), "dim"), " ", str(value))
 
 
 def _duration(seconds: float) -> str:

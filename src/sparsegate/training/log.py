@@ -16,7 +16,7 @@ Line = dict[str, Any]
 class JsonLog:
     """One JSON object per line, each written with one call, so that a kill damages the last line at most.
 
-    JSON has no numbers that are not finite: they are the strings "nan", "inf" and "-inf", as `float` reads them.
+    JSON has no numbers that are not finite: they are the strings "nan", "inf" and "-inf", as `float` takes.
     """
 
     def __init__(self, *, path: Path) -> None:
@@ -28,15 +28,16 @@ class JsonLog:
         append_whole(self._path, json.dumps(content, allow_nan=False).encode() + b"\n")
 
     def truncate_after(self, step: int) -> list[Line]:
-        """Cut the file behind its last line whose `step` is at most `step`; return the lines that stay.
+        """Cut the file where lines of later steps begin; return the lines that stay.
 
         What is cut is a run's future: a resumed run writes it again. A half-written last line goes too.
         """
         kept, end = [], 0
         for line, line_end in _lines(self._path):
-            if line["step"] <= step:
-                kept.append(line)
-                end = line_end
+            if line["step"] > step:
+                break
+            kept.append(line)
+            end = line_end
         if self._path.exists():
             os.truncate(self._path, end)
         return kept
@@ -59,7 +60,7 @@ def _lines(path: Path) -> Iterator[tuple[Line, int]]:
                 line = parse_json(text)
             except ValueError:
                 continue
-            if text.endswith(b"\n") and isinstance(line, dict) and isinstance(line.get("step"), int):
+            if text.endswith(b"\n") and isinstance(line, dict) and {"kind", "step", "time"} <= line.keys():
                 yield line, end
 
 
@@ -67,9 +68,8 @@ class EventFile:
     """Scalars in TensorBoard's format, one file per process of a run.
 
     TensorBoard's own writer hands the events to a thread, in which a full disk becomes a traceback, and an
-    error at some later call; and it imports TensorFlow where that is installed. So the records are built here,
-    with TensorBoard's classes, and written like the lines of the log. The imports are late because they are
-    slow.
+    error at some later call; and it imports TensorFlow where that is installed. So the records are made here,
+    with TensorBoard's classes, and written like the lines of the log.
     """
 
     def __init__(self, *, folder: Path) -> None:
@@ -83,34 +83,31 @@ class EventFile:
 
     def append(self, *, step: int, wall_time: float, values: Mapping[str, float]) -> None:
         """Raises OSError where the disk refuses; then the file is as it was."""
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
         if self._path is None:
             self._path = self._begin(wall_time)
-        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
-        append_whole(self._path, _record(Event(wall_time=wall_time, step=step, summary=summary)))
+        summary = {"value": [{"tag": tag, "simple_value": value} for tag, value in values.items()]}
+        append_whole(self._path, _record(wall_time=wall_time, step=step, summary=summary))
 
     def _begin(self, wall_time: float) -> Path:
         """Start a file that sorts behind the ones before it: readers go by the names."""
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-
         self._folder.mkdir(exist_ok=True)
         number = len(list(self._folder.glob("events.out.tfevents.*")))
         path = self._folder / f"events.out.tfevents.{number:06d}"
-        head = _record(Event(wall_time=wall_time, file_version="brain.Event:2"))
+        head = _record(wall_time=wall_time, file_version="brain.Event:2")
         if self._purge_step is not None:
-            start = SessionLog(status=SessionLog.START)
-            head += _record(Event(wall_time=wall_time, step=self._purge_step, session_log=start))
+            head += _record(wall_time=wall_time, step=self._purge_step, session_log={"status": "START"})
         append_whole(path, head)
         return path
 
 
-def _record(event: Any) -> bytes:
+def _record(**fields: Any) -> bytes:
+    """A TensorBoard event with its length and checksums. The imports are late because they are slow."""
+    # pyrefly: ignore [missing-module-attribute]: protobuf makes the class at run time
+    from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     buffer = BytesIO()
-    RecordWriter(buffer).write(event.SerializeToString())
+    RecordWriter(buffer).write(Event(**fields).SerializeToString())
     return buffer.getvalue()
 
 

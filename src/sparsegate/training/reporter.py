@@ -17,24 +17,26 @@ from .log import EventFile, JsonLog, Line
 
 
 class Reporter:
-    """Shows a run on the console and keeps its numbers in `log.jsonl` and `tensorboard/`, under the same names.
+    """Shows a run on the console, and keeps its numbers in `log.jsonl` and `tensorboard/`, named alike.
 
-    folder: of the run; it exists. total_steps: of the whole run, so also those before a resume. name: what the
+    folder: of the run; it exists. total_steps: of the whole run, also those before a resume. name: what the
     display calls the run. log_every: steps from one line of the log to the next; the first and the last step
     have one too. console: None shows nothing; one that is not a terminal gets a plain line now and then.
 
-    Steps are counted from 1: `step` is the number of optimizer steps done. A line of the log has `kind` ("step",
-    "evaluation", or an event's), `step`, `time` (seconds since 1970) and the values. Numbers that are not
-    finite are the strings "nan", "inf" and "-inf". The metrics of a step are named `train/NAME`, those of an
-    evaluation `valid/NAME`, those of a layer's experts `LAYER/NAME`. TensorBoard gets steps and evaluations.
+    Steps are counted from 1: `step` is the number of optimizer steps done. A line of the log has `kind`
+    ("step", "evaluation", or an event's), `step`, `time` (seconds since 1970) and the values. Numbers that
+    are not finite are the strings "nan", "inf" and "-inf". The metrics of a step are named `train/NAME`,
+    those of an evaluation `valid/NAME`, those of a layer's experts `LAYER/NAME`. TensorBoard gets the values
+    of steps and evaluations.
 
-    A log that cannot be written (full disk) is no reason to stop training: it is said once, and the lines that
-    the disk refuses are missing from the file.
+    A log that cannot be written (full disk) is no reason to stop training: it is said once, and the lines
+    that the disk refuses are missing from the file.
     """
 
     def __init__(
         self, *, folder: Path, total_steps: int, name: str, log_every: int, console: Console | None
     ) -> None:
+        self._folder = folder
         self._log = JsonLog(path=folder / "log.jsonl")
         self._events = EventFile(folder=folder / "tensorboard")
         self._display = Display(name=name, total_steps=total_steps, console=console)
@@ -55,9 +57,9 @@ class Reporter:
         self._display.stop()
 
     def resume_at(self, step: int) -> None:
-        """Continue the log of a run that is resumed after `step` steps: forget what was logged of later ones.
+        """Continue the log of a run that is resumed after `step` steps: forget what it says about later ones.
 
-        After it the log goes on as if the run had never stopped; only times and speeds tell.
+        The log then goes on as if the run had never stopped; `time` and `train/tokens_per_second` vary.
 
         Raises:
             OSError: the log cannot be read or shortened.
@@ -76,9 +78,9 @@ class Reporter:
     ) -> None:
         """Report an optimizer step. Reads values from the device only where the step is logged.
 
-        metrics: numbers or scalar tensors. `loss` is in nats per token; its exponential is reported beside it,
-        as `perplexity`. `tokens` is the number of real tokens in this step; `tokens_per_second` comes from all
-        those since the line before and the time since then that was not spent in `doing`.
+        metrics: numbers or scalar tensors. `loss` is in nats per token; its exponential is reported beside
+        it, as `perplexity`. `tokens` is the number of real tokens in this step; `tokens_per_second` comes
+        from those since the line before, and from the time since then that was not spent in `doing`.
         balance: sums of this step's gates, by layer name; reported as `balance_metrics`.
         """
         self._step = step
@@ -91,10 +93,6 @@ class Reporter:
         """Report an evaluation on held-out text. metrics: as in `step`, `loss` decides which is best."""
         self._step = step
         self._write("evaluation", _named("valid/", metrics))
-
-    def warn(self, message: str) -> None:
-        """Show one line that asks for attention. It is not logged."""
-        self._display.say(message)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Report what happens between steps ("checkpoint", "skipped", "resume", ...), with plain values.
@@ -122,7 +120,7 @@ class Reporter:
             values |= {f"{layer}/{key}": value for key, value in balance_metrics(sums).items()}
         now = time.monotonic()  # after the values were read, so after the device has finished this step
         if "tokens" in metrics:
-            values["train/tokens_per_second"] = float(self._tokens) / (now - self._since)
+            values["train/tokens_per_second"] = float(self._tokens) / max(now - self._since, 1e-9)
         self._tokens, self._since = 0, now
         return values
 
@@ -136,7 +134,7 @@ class Reporter:
         except OSError as error:
             if not self._told:
                 self._told = True
-                self._display.say(f"cannot write the log, training goes on without: {error}")
+                self._display.say(f"{self._folder}: cannot write the log, training goes on: {error.strerror}")
 
 
 def _named(prefix: str, metrics: Mapping[str, float | Tensor]) -> dict[str, float]:

@@ -1,0 +1,107 @@
+"""The balance metrics against numpy, and against what the paper's quantities are in closed form."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsegate.inspection.balance import BALANCE_METRICS, balance_metrics
+from sparsegate.moe.losses import importance_loss, load_loss
+from sparsegate.moe.routing import BalanceSums
+
+COUNTS = st.lists(st.integers(0, 10_000), min_size=1, max_size=64)
+
+
+def sums_of(importance, load, count) -> BalanceSums:
+    return BalanceSums(
+        importance_E=torch.as_tensor(importance, dtype=torch.float32),
+        load_E=torch.as_tensor(load, dtype=torch.float32),
+        count_E=torch.as_tensor(count, dtype=torch.int64),
+        num_tokens=torch.tensor(int(np.sum(count))),
+    )
+
+
+def random_sums(seed: int, num_experts: int) -> BalanceSums:
+    draw = np.random.default_rng(seed)
+    count = draw.integers(0, 50, num_experts)
+    return sums_of(draw.gamma(1.0, size=num_experts), count + draw.random(num_experts), count)
+
+
+@given(seed=st.integers(0, 2**32 - 1), num_experts=st.integers(1, 300))
+def test_metrics_are_those_of_numpy(seed, num_experts):
+    sums = random_sums(seed, num_experts)
+    metrics = balance_metrics(sums)
+    importance, load, count = (x.double().numpy() for x in (sums.importance_E, sums.load_E, sums.count_E))
+    assert tuple(metrics) == BALANCE_METRICS
+    assert all(type(value) is float for value in metrics.values())
+    assert metrics["cv_importance"] == pytest.approx(np.std(importance) / np.mean(importance), rel=1e-12)
+    assert metrics["cv_load"] == pytest.approx(np.std(load) / np.mean(load), rel=1e-12)
+    assert metrics["dead_experts"] == np.count_nonzero(count == 0)
+    if count.any():
+        assert metrics["max_over_mean_load"] == pytest.approx(np.max(count) / np.mean(count), rel=1e-12)
+
+
+@given(seed=st.integers(0, 2**32 - 1))
+def test_metrics_are_the_roots_of_the_unweighted_losses(seed):
+    sums = random_sums(seed, 32)
+    metrics = balance_metrics(sums)
+    assert metrics["cv_importance"] ** 2 == pytest.approx(importance_loss(sums).item(), rel=1e-4, abs=1e-9)
+    assert metrics["cv_load"] ** 2 == pytest.approx(load_loss(sums).item(), rel=1e-4, abs=1e-9)
+
+
+@given(num_experts=st.integers(1, 512), data=st.data())
+def test_collapse_on_the_same_k_experts_has_its_closed_form(num_experts, data):
+    k = data.draw(st.integers(1, num_experts))
+    count = [100] * k + [0] * (num_experts - k)
+    metrics = balance_metrics(sums_of([c / k for c in count], count, count))
+    assert metrics["cv_load"] == pytest.approx(math.sqrt(num_experts / k - 1), abs=1e-6)
+    assert metrics["cv_importance"] == pytest.approx(math.sqrt(num_experts / k - 1), abs=1e-6)
+    assert metrics["max_over_mean_load"] == pytest.approx(num_experts / k)
+    assert metrics["dead_experts"] == num_experts - k
+
+
+@given(parts=st.lists(COUNTS.filter(any), min_size=2, max_size=5))
+def test_metrics_of_added_batches_are_those_of_the_joined_batch(parts):
+    num_experts = max(map(len, parts))
+    parts = [part + [0] * (num_experts - len(part)) for part in parts]
+    added = sums_of(parts[0], parts[0], parts[0])
+    for part in parts[1:]:
+        added = added + sums_of(part, part, part)
+    joined = np.sum(parts, axis=0)
+    assert balance_metrics(added) == pytest.approx(balance_metrics(sums_of(joined, joined, joined)), rel=1e-6)
+
+
+def test_metrics_do_not_depend_on_the_number_of_equal_batches():
+    one = random_sums(3, 16)
+    assert balance_metrics(one + one + one + one) == pytest.approx(balance_metrics(one))
+
+
+def test_without_tokens_nothing_is_unbalanced_and_every_expert_is_dead():
+    metrics = balance_metrics(sums_of([0.0] * 5, [0.0] * 5, [0] * 5))
+    assert metrics == {"cv_importance": 0, "cv_load": 0, "max_over_mean_load": 0, "dead_experts": 5}
+
+
+def test_one_expert_is_in_balance():
+    metrics = balance_metrics(sums_of([3.0], [7.0], [7]))
+    assert metrics == {"cv_importance": 0, "cv_load": 0, "max_over_mean_load": 1, "dead_experts": 0}
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_sums_that_are_not_finite_are_seen(poison):
+    metrics = balance_metrics(sums_of([1.0, poison], [1.0, 1.0], [1, 1]))
+    assert math.isnan(metrics["cv_importance"])
+    assert metrics["cv_load"] == 0
+
+
+def test_metrics_take_sums_that_carry_a_graph():
+    sums = random_sums(0, 4)
+    graph = BalanceSums(
+        importance_E=sums.importance_E.requires_grad_() * 1,
+        load_E=sums.load_E.requires_grad_() * 1,
+        count_E=sums.count_E,
+        num_tokens=sums.num_tokens,
+    )
+    assert balance_metrics(graph) == balance_metrics(sums)
