@@ -10,7 +10,8 @@ from torch import nn
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """No dropout and no gate noise inside; afterwards every module is in the mode that it was in before."""
     in_training = [module for module in model.modules() if module.training]
-    model.eval()
+    if in_training:
+        model.eval()
     try:
         yield
     finally:
