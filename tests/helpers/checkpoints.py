@@ -49,7 +49,14 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def bits(tensor: Tensor) -> bytes:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return (
+        tensor.detach()
+        .clone(memory_format=torch.contiguous_format)
+        .reshape(-1)
+        .view(torch.uint8)
+        .numpy()
+        .tobytes()
+    )
 
 
 def latest_step(directory: Path, *, numel: int = 64) -> int | None:

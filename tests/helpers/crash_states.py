@@ -1,7 +1,7 @@
-"""Every state that POSIX lets a disk be in after a power cut: what was not flushed may be lost, zeroed, cut or reordered.
+"""What POSIX lets a disk hold after a power cut: what is not flushed may be lost, zeroed, cut or reordered.
 
-A file's content is sure once the file is flushed; a name in a directory (created, renamed, deleted) once that directory
-is. Until then each change of a name may have reached the disk or not, on its own, in any order.
+A file's content is sure once the file is flushed; a name in a directory (created, renamed, deleted) once that
+directory is. Until then each change of a name may have reached the disk or not, on its own, in any order.
 """
 
 import itertools
@@ -13,9 +13,7 @@ from .os_shim import Call
 
 Tree = dict[str, "bytes | Tree"]
 
-MOST_SUBSETS_OF = (
-    5  # changes of names pending at once, of which all subsets are tried; of more, the telling ones
-)
+MOST_SUBSETS_OF = 5  # pending changes of names, of which all subsets are tried; of more, the telling ones
 
 
 @dataclass(eq=False)

@@ -1,4 +1,4 @@
-"""A shim before the system calls that change files: it records them, and lets a test refuse or end any of them.
+"""A shim before the system calls that change files: it records them, and lets a test refuse any of them.
 
 Flushes are recorded, not made: no test cuts the power of the machine that it runs on, and they are slow.
 """

@@ -1,4 +1,4 @@
-"""Processes that save or hold a lock until they are killed. A fork server imports torch once for all of them."""
+"""Processes that save or hold a lock until they are killed; a fork server imports torch once for all."""
 
 import multiprocessing
 import os
@@ -21,7 +21,7 @@ def fork_server() -> ForkServerContext:
 
 
 def save_for_ever(run: Path) -> None:
-    """Resume from the latest checkpoint and save one after another; each is noted in `completed` once it is done."""
+    """Resume from the latest checkpoint and save one after another; `completed` lists those that are done."""
     completed = os.open(run / "completed", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     with run_lock(run):
         latest = latest_checkpoint(run / "checkpoints")

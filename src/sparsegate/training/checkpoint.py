@@ -32,7 +32,7 @@ from .storage import (
     retire,
     write_file,
 )
-from .strict_json import Json, is_count, parse_json, to_json_bytes
+from .strict_json import MAX_JSON_BYTES, Json, is_count, parse_json, to_json_bytes
 from .tensor_file import encode_tensors, read_tensors
 
 FORMAT = 1
@@ -198,6 +198,8 @@ def _parse_entry(name: str, entry: Json) -> FileDigest:
         raise ValueError(f"the file name {name[:100]!r} is none that a checkpoint has")
     match entry:
         case {"size": size, "sha256": str(sha256)} if is_count(size) and _SHA256.fullmatch(sha256):
+            if name == STATE and size > MAX_JSON_BYTES:
+                raise ValueError(f"{name} of {size:,} bytes is over the limit of {MAX_JSON_BYTES:,}")
             return FileDigest(size, sha256)
     raise ValueError(f"damaged: no size and SHA-256 for {name}")
 

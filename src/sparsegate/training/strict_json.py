@@ -7,7 +7,7 @@ from typing import NoReturn, TypeAlias, TypeGuard
 
 Json: TypeAlias = bool | int | float | str | list["Json"] | dict[str, "Json"] | None
 
-MAX_JSON_BYTES = 16 << 20
+MAX_JSON_BYTES = 8 << 20  # of the worst text, this makes 0.2 GB of objects
 MAX_JSON_DEPTH = 64
 
 

@@ -204,4 +204,5 @@ def _are_counts(value: Json) -> TypeGuard[list[int]]:
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
+    # Not reshape: a contiguous tensor of one element may have any stride, which `view` to bytes refuses.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
