@@ -133,7 +133,7 @@ class SentenceBatches:
         return _batch(self._token_file, position_BS, mask_BS, False, index)
 
     def _plan_of_epoch(self, epoch: int) -> tuple[_Positions, _Positions, _Positions]:
-        """The pieces by length, at random within it; where each batch begins in them; the order of batches."""
+        """The pieces by length, at random within it; where each batch begins; the batches' order."""
         num_pieces = len(self._piece_length_N)
         draw = _random(self._seed, epoch, num_pieces + self.batches_per_epoch)
         piece_N = np.lexsort((draw[:num_pieces], self._piece_length_N))

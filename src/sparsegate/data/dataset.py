@@ -27,6 +27,7 @@ SPLITS = ("train", "valid", "test")
 SENTENCE_DTYPE = np.dtype("<u8")
 _VERIFIED_AT_ONCE = 1 << 20
 
+SplitName = Annotated[str, Field(pattern="^(train|valid|test)$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -48,7 +49,7 @@ class SplitManifest(_Part):
     sentences: PositiveInt
     words: NonNegativeInt
     bytes: PositiveInt
-    dtype: Literal["<u2", "<u4"]
+    dtype: Annotated[str, Field(pattern="^<u[24]$")]
     tokens_sha256: Sha256
     sentences_sha256: Sha256
     sources: list[Source]
@@ -79,7 +80,7 @@ class Manifest(_Part):
     keep_blank_lines: bool
     held_out: HeldOut | None
     vocabulary: VocabularyManifest
-    splits: Annotated[dict[Literal["train", "valid", "test"], SplitManifest], Field(min_length=1)]
+    splits: Annotated[dict[SplitName, SplitManifest], Field(min_length=1)]
 
 
 class TokenFile:

@@ -1,14 +1,15 @@
 """Files that are complete or absent: sealed JSON, and directories that appear at once."""
 
 import fcntl
+import glob
 import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 Model = TypeVar("Model", bound=BaseModel)
 
 MAX_JSON_BYTES = 64 << 20
+_LOCK = ".lock"
 _SEAL = re.compile(rb',\n  "sha256": "([0-9a-f]{64})"\n}\n\Z')
 
 
@@ -27,7 +29,7 @@ def sealed(payload: Mapping[str, Any]) -> bytes:
     """
     assert payload
     assert "sha256" not in payload
-    body = json.dumps(payload, ensure_ascii=False, indent=2).encode().removesuffix(b"\n}")
+    body = _json(payload, "\n").encode().removesuffix(b"\n}")
     if len(body) > MAX_JSON_BYTES - 100:
         raise ValueError(
             f"{len(body):,} bytes of JSON, more than {MAX_JSON_BYTES:,}; set a smaller vocabulary_size"
@@ -35,8 +37,21 @@ def sealed(payload: Mapping[str, Any]) -> bytes:
     return body + f',\n  "sha256": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()
 
 
+def _json(value: Any, line_end: str) -> str:
+    """JSON with a line for each key of an object; each list is in one line, which is fast."""
+    if not isinstance(value, Mapping):
+        return json.dumps(value, ensure_ascii=False)
+    inner = line_end + "  "
+    entries = (
+        f"{json.dumps(key, ensure_ascii=False)}: {_json(entry, inner)}" for key, entry in value.items()
+    )
+    return "{" + ",".join(inner + entry for entry in entries) + line_end + "}"
+
+
 def read_sealed(path: Path, model: type[Model], *, max_bytes: int = MAX_JSON_BYTES) -> Model:
     """Read what `sealed` wrote; ValueError where a byte differs or a field does not fit `model`."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
     size = path.stat().st_size
     if size > max_bytes:
         raise ValueError(
@@ -45,20 +60,16 @@ def read_sealed(path: Path, model: type[Model], *, max_bytes: int = MAX_JSON_BYT
     content = path.read_bytes()
     seal = _SEAL.search(content)
     if seal is None:
-        raise ValueError(f"{path}: incomplete, or not written by this package; prepare the dataset again")
+        raise ValueError(f"{path}: incomplete, or not written by this package; restore it, or make it again")
     body = content[: seal.start()]
     if hashlib.sha256(body).hexdigest() != seal[1].decode():
-        raise ValueError(
-            f"{path}: damaged (its sha256 does not fit); restore it or prepare the dataset again"
-        )
+        raise ValueError(f"{path}: damaged (its sha256 does not fit); restore it, or make it again")
     try:
         return model.model_validate_json(body + b"\n}")
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         field = ".".join(map(str, first["loc"])) or "content"
-        raise ValueError(
-            f"{path}: {field}: {' '.join(first['msg'].split())}; prepare the dataset again"
-        ) from None
+        raise ValueError(f"{path}: {field}: {' '.join(first['msg'].split())}; make it again") from None
 
 
 def fsync(path: Path) -> None:
@@ -72,14 +83,12 @@ def fsync(path: Path) -> None:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write `content` to `path`, which holds the old content or the new one, whatever happens."""
-    descriptor, name = tempfile.mkstemp(prefix=f".tmp-{path.name}-", dir=path.parent)
-    temporary = Path(name)
+    temporary = _temporary_beside(path)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -92,45 +101,43 @@ def new_directory(target: Path) -> Iterator[Path]:
     """A temporary directory beside `target` that becomes `target` when the block ends without an error.
 
     `target` must not exist or be an empty directory: FileExistsError otherwise. After an error nothing is
-    left; what a killed process left beside `target` is removed first (a directory still in use is locked, and
-    is left alone).
+    left. What a killed process left beside `target` is removed first; one still in use is left alone.
     """
     refuse_existing(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".tmp-{target.name}-"
-    for stale in target.parent.glob(f"{prefix}*"):
-        _remove_if_unused(stale)
-    temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
-    lock = os.open(temporary, os.O_RDONLY)
+    for left_behind in sorted(target.parent.glob(f".tmp-{glob.escape(target.name)}-*/{_LOCK}")):
+        with suppress(BlockingIOError), _locked(left_behind):
+            shutil.rmtree(left_behind.parent, ignore_errors=True)
+    temporary = _temporary_beside(target)
+    temporary.mkdir()
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield temporary
-        temporary.chmod(0o755)
-        fsync(temporary)
-        refuse_existing(target)
-        temporary.rename(target)
+        with _locked(temporary / _LOCK):
+            yield temporary
+            fsync(temporary)
+            refuse_existing(target)
+            temporary.rename(target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    finally:
-        os.close(lock)
+    (target / _LOCK).unlink()
+    fsync(target)
     fsync(target.parent)
 
 
 def refuse_existing(target: Path) -> None:
     """FileExistsError in one line unless `target` is absent or an empty directory."""
     if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
-        raise FileExistsError(
-            f"{target}: exists already and is not an empty directory; choose another or remove it"
-        )
+        cure = "choose another, or remove it"
+        raise FileExistsError(f"{target}: exists already and is not an empty directory; {cure}")
 
 
-def _remove_if_unused(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(directory, ignore_errors=True)
-    except BlockingIOError:
-        pass
-    finally:
-        os.close(descriptor)
+def _temporary_beside(path: Path) -> Path:
+    return path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`, which ends with the process. BlockingIOError if another process holds it."""
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield

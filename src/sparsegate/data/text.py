@@ -110,6 +110,7 @@ def read_lines(path: Path, *, options: TextOptions, advance: Callable[[int], Non
                 yield lines
             advance(file.tell() - position)
             position = file.tell()
+        advance(file.tell() - position)
 
 
 def _blocks(path: Path, file: BinaryIO, options: TextOptions) -> Iterator[bytes]:

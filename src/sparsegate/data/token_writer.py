@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,27 @@ from .vocabulary import Vocabulary, token_dtype
 
 
 class _DigestedFile:
-    """A new file and the SHA-256 of what was written to it."""
+    """A new file and the SHA-256 of what is written to it. OSError names the file if that fails."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._file = path.open("xb")
         self._sha256 = hashlib.sha256()
 
     def write(self, array: npt.NDArray[Any]) -> None:
         content = array.tobytes()
         self._sha256.update(content)
-        self._file.write(content)
+        with _naming(self._path):
+            self._file.write(content)
 
     def close(self) -> None:
-        self._file.close()
+        with _naming(self._path):
+            self._file.close()
+
+    def bring_to_disk(self) -> None:
+        self.close()
+        with _naming(self._path):
+            fsync(self._path)
 
     @property
     def sha256(self) -> str:
@@ -36,14 +44,12 @@ class _DigestedFile:
 
 
 @contextmanager
-def _new_file(path: Path) -> Iterator[_DigestedFile]:
-    """A file that is on the disk when the block ends; OSError naming the file if it cannot be written."""
-    file = _DigestedFile(path)
+def _naming(path: Path) -> Iterator[None]:
     try:
-        yield file
-    finally:
-        file.close()
-    fsync(path)
+        yield
+    except OSError as error:
+        cure = "free space, or choose another disk"
+        raise OSError(error.errno, f"cannot write ({error.strerror}); {cure}", str(path)) from error
 
 
 def write_split(
@@ -58,8 +64,8 @@ def write_split(
     dtype = token_dtype(vocabulary.size)
     num_tokens = num_sentences = num_words = num_bytes = 0
     with (
-        _new_file(directory / f"{split}.tokens") as tokens,
-        _new_file(directory / f"{split}.sentences") as sentences,
+        closing(_DigestedFile(directory / f"{split}.tokens")) as tokens,
+        closing(_DigestedFile(directory / f"{split}.sentences")) as sentences,
     ):
         for batch in batches:
             lines = [normalize(line) for line in batch]
@@ -70,8 +76,13 @@ def write_split(
             sentences.write(end_N.astype(SENTENCE_DTYPE))
             num_tokens += len(token_N)
             num_sentences += len(lines)
-            num_words += vocabulary.normalization.count_words(lines)
+            if vocabulary.tokens_are_words:
+                num_words += len(token_N) - len(lines)
+            else:
+                num_words += vocabulary.normalization.count_words(lines)
             num_bytes += sum(len(line.encode()) for line in lines) + len(lines)
+        tokens.bring_to_disk()
+        sentences.bring_to_disk()
     if num_sentences == 0:
         names = ", ".join(source.name for source in sources[:3])
         raise ValueError(

@@ -24,6 +24,7 @@ class Vocabulary(ABC):
     """
 
     kind: ClassVar[str]
+    tokens_are_words: ClassVar[bool] = False
 
     @property
     @abstractmethod

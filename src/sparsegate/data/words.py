@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -30,6 +31,7 @@ class WordVocabulary(Vocabulary):
     """
 
     kind: ClassVar[str] = "words"
+    tokens_are_words: ClassVar[bool] = True
 
     def __init__(self, *, words: Sequence[str], counts: Sequence[int], normalization: Normalization) -> None:
         self._words = check_entries("words", words, counts)
@@ -85,9 +87,9 @@ class WordVocabulary(Vocabulary):
 
     def encode_lines(self, lines: Sequence[str]) -> npt.NDArray[np.int64]:
         check_lines(lines)
-        id_of = self._id_of.get
         words = self._normalization.words("\n".join((*lines, "")))
-        return np.array([id_of(word, UNKNOWN_ID) for word in words], dtype=np.int64)
+        ids = map(self._id_of.get, words, repeat(UNKNOWN_ID))
+        return np.fromiter(ids, dtype=np.int64, count=len(words))
 
     def decode(self, ids: Iterable[int]) -> str:
         words = [self._words[token] if token != END_ID else "\n" for token in check_ids(ids, self.size)]
