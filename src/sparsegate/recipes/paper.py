@@ -5,8 +5,8 @@ and the initialisers. These are choices of this project and stand in `training/c
 learning rate is worth a search (`sparsegate search`) on any dataset.
 """
 
-from sparsegate.models import FeedForwardLM, LanguageModelConfig, MixtureLM, RecurrentLM
-from sparsegate.training.config import OptimConfig, RunConfig, SentencesConfig, TrainingConfig
+from ..models import FeedForwardLM, LanguageModelConfig, MixtureLM, RecurrentLM
+from ..training.config import OptimConfig, RunConfig, SentencesConfig, TrainingConfig
 
 VOCABULARY = 793_471  # of the 1 Billion Word benchmark
 WIDTH = 512
@@ -38,7 +38,9 @@ def _mixture(name: str, num_experts: int) -> RunConfig:
 
 
 def _dense(name: str, hidden: tuple[int, ...]) -> RunConfig:
-    model = FeedForwardLM(vocab_size=VOCABULARY, width=WIDTH, lstm_units=WIDTH, dropout=DROPOUT, hidden=hidden)
+    model = FeedForwardLM(
+        vocab_size=VOCABULARY, width=WIDTH, lstm_units=WIDTH, dropout=DROPOUT, hidden=hidden
+    )
     return _run(name, model)
 
 
@@ -76,6 +78,11 @@ def four_lstm_512() -> RunConfig:
 def lstm_2048_512() -> RunConfig:
     """One LSTM of 2048 units, projected to 512."""
     model = RecurrentLM(
-        vocab_size=VOCABULARY, width=WIDTH, lstm_units=2048, lstm_projection=WIDTH, dropout=DROPOUT, num_layers=1
+        vocab_size=VOCABULARY,
+        width=WIDTH,
+        lstm_units=2048,
+        lstm_projection=WIDTH,
+        dropout=DROPOUT,
+        num_layers=1,
     )
     return _run("lstm-2048-512", model)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from sparsegate.models import LanguageModelConfig, build
+from ..models import LanguageModelConfig, build
 
 
 @dataclass(frozen=True, kw_only=True)

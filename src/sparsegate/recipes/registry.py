@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from sparsegate.training.config import RunConfig
-from sparsegate.training.overrides import did_you_mean
+from ..training.config import RunConfig
+from ..training.overrides import did_you_mean
 
 from . import paper, small
 

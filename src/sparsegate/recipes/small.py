@@ -6,8 +6,8 @@ other, as the paper's have. Unlike those they have biases in the LSTMs and read 
 
 from typing import Any
 
-from sparsegate.models import FeedForwardLM, LanguageModelConfig, MixtureLM, RecurrentLM
-from sparsegate.training.config import ContinuousConfig, OptimConfig, RunConfig, TrainingConfig
+from ..models import FeedForwardLM, LanguageModelConfig, MixtureLM, RecurrentLM
+from ..training.config import ContinuousConfig, OptimConfig, RunConfig, TrainingConfig
 
 VOCABULARY = 8192  # subwords; a dataset brings its own
 WIDTH = 128

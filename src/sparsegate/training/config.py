@@ -1,9 +1,9 @@
 """What a run is: one frozen configuration, saved beside what it made."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from sparsegate.models import LanguageModelConfig
+from ..models import LanguageModelConfig
 
 
 def option(doc: str, default: Any) -> Any:
@@ -21,6 +21,8 @@ def require(condition: bool, name: str, value: object, what: str) -> None:
 class ContinuousConfig:
     """Text as a few endless streams, with the LSTMs' state carried on."""
 
+    context: ClassVar[Literal["stream", "sentence"]] = "stream"
+
     kind: Literal["continuous"] = "continuous"
     batch_size: int = option("streams that run side by side", 32)
     num_steps: int = option("tokens of each stream in a batch", 32)
@@ -33,6 +35,8 @@ class ContinuousConfig:
 @dataclass(frozen=True, kw_only=True)
 class SentencesConfig:
     """Shuffled sentences, each from a fresh state: the paper's batches."""
+
+    context: ClassVar[Literal["stream", "sentence"]] = "sentence"
 
     kind: Literal["sentences"] = "sentences"
     batch_words: int = option("tokens in a batch, about", 4096)
@@ -85,27 +89,40 @@ class TrainingConfig:
     """How long, in what precision, and what is kept."""
 
     steps: int = option("updates of the weights in all", 10_000)
-    micro_batches: int = option("parts of a batch that go through the model one after the other, to save memory", 1)
+    micro_batches: int = option(
+        "parts of a batch that go through the model one after the other, to save memory", 1
+    )
     balance: Literal["batch", "micro_batch"] = option(
         "what the balance losses are computed over: the whole batch, exactly, at the cost of a second forward pass "
         "when there are several micro-batches; or each micro-batch by itself, a stricter loss",
         "batch",
     )
-    precision: Literal["float32", "bfloat16"] = option("of the products; weights and sums stay float32", "float32")
+    precision: Literal["float32", "bfloat16"] = option(
+        "of the products; weights and sums stay float32", "float32"
+    )
     device: Literal["auto", "cpu", "cuda"] = option("auto: cuda where there is one", "auto")
     evaluate_every: int = option("steps between evaluations on the validation split", 1000)
     checkpoint_every: int = option("steps between checkpoints", 500)
     keep_checkpoints: int = option("newest checkpoints that are kept, beside the best", 2)
     log_every: int = option("steps between lines of the log", 20)
-    max_nonfinite: int = option("steps with a non-finite loss or gradient in a row after which the run stops", 10)
+    max_nonfinite: int = option(
+        "steps with a non-finite loss or gradient in a row after which the run stops", 10
+    )
     skip_batches: tuple[int, ...] = option("batches (by index) that are left out", ())
     init_from: str = option("run folder whose weights training starts from (fine-tuning)", "")
     freeze: tuple[str, ...] = option("parameters that stay as they are, by name (* stands for anything)", ())
 
     def __post_init__(self) -> None:
-        positive = "steps micro_batches evaluate_every checkpoint_every keep_checkpoints log_every max_nonfinite"
+        positive = (
+            "steps micro_batches evaluate_every checkpoint_every keep_checkpoints log_every max_nonfinite"
+        )
         for name in positive.split():
-            require(getattr(self, name) >= 1, f"training.{name.replace('_', '-')}", getattr(self, name), "at least 1")
+            require(
+                getattr(self, name) >= 1,
+                f"training.{name.replace('_', '-')}",
+                getattr(self, name),
+                "at least 1",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

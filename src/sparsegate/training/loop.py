@@ -1,20 +1,16 @@
 """The training loop: a run from its configuration to its last checkpoint."""
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from time import perf_counter
 
 import torch
 from rich.console import Console
 
-from sparsegate.data import ContinuousBatches, Dataset, SentenceBatches
-from sparsegate.evaluation.perplexity import Evaluation, evaluate
-from sparsegate.inspection.balance import balance_metrics
-from sparsegate.models import LanguageModel, build
-from sparsegate.optim.schedule import warmup_then_inverse_sqrt
+from ..data import ContinuousBatches, Dataset, SentenceBatches
+from ..evaluation.perplexity import Evaluation, evaluate
+from ..models import LanguageModel, build
+from ..optim.schedule import warmup_then_inverse_sqrt
 
 from .checkpoint import checkpoint_name, latest_checkpoint, load_checkpoint
 from .config import ContinuousConfig, RunConfig
@@ -37,7 +33,9 @@ class TrainResult:
     stopped_by: str
 
 
-def train(config: RunConfig, *, folder: Path, resume: bool = False, console: Console | None = None) -> TrainResult:
+def train(
+    config: RunConfig, *, folder: Path, resume: bool = False, console: Console | None = None
+) -> TrainResult:
     """Train the model of a configuration on its dataset, into a folder.
 
     resume: go on from the newest complete checkpoint of the folder, or start if it has none. On a CPU the run then
@@ -50,9 +48,14 @@ def train(config: RunConfig, *, folder: Path, resume: bool = False, console: Con
     folder.mkdir(parents=True, exist_ok=True)
     with run_lock(folder):
         config = open_run_folder(folder, config, dataset, resume=resume)
-        with Reporter(
-            folder=folder, total_steps=config.training.steps, name=config.name, console=console
-        ) as reporter, stop_requests() as stop:
+        reporter = Reporter(
+            folder=folder,
+            total_steps=config.training.steps,
+            name=config.name,
+            log_every=config.training.log_every,
+            console=console,
+        )
+        with reporter, stop_requests() as stop:
             run = Run(config, dataset, folder, reporter)
             run.resume_or_start()
             while not run.finished and not stop():
@@ -62,7 +65,10 @@ def train(config: RunConfig, *, folder: Path, resume: bool = False, console: Con
                 if run.save_is_due() or stop():
                     run.save()
             return TrainResult(
-                folder=folder, state=run.state, evaluation=run.last_evaluation, stopped_by="" if run.finished else stop()
+                folder=folder,
+                state=run.state,
+                evaluation=run.last_evaluation,
+                stopped_by="" if run.finished else stop(),
             )
 
 
@@ -73,11 +79,10 @@ class Run:
         self.config = config
         self.folder = folder
         self.reporter = reporter
-        self.valid = dataset.split("valid")
+        self.dataset = dataset
         self.batches = make_batches(config, dataset)
         self.state = make_state(config)
         self.last_evaluation: Evaluation | None = None
-        self._last_step_at = perf_counter()
 
     @property
     def finished(self) -> bool:
@@ -85,7 +90,7 @@ class Run:
 
     def resume_or_start(self) -> None:
         """Take over the newest complete checkpoint; weights to start from count only where there is none."""
-        newest = latest_checkpoint(checkpoints_of(self.folder), warn=self.reporter.warn)
+        newest = latest_checkpoint(checkpoints_of(self.folder), warn=self._warn)
         if newest is not None:
             self.state.restore(load_checkpoint(newest))
             progress = self.state.progress
@@ -94,6 +99,9 @@ class Run:
                 write_best(self.folder, step=progress.best_step, nll=progress.best_nll)
         elif self.config.training.init_from:
             start_from(self.state.model, Path(self.config.training.init_from))
+
+    def _warn(self, message: str) -> None:
+        self.reporter.event("warning", message=message)
 
     def step(self) -> None:
         """One batch: an update of the weights, or, where its loss or gradient is not finite, nothing at all."""
@@ -121,7 +129,17 @@ class Run:
         progress.step += 1
         progress.tokens += gradient.num_tokens
         progress.skipped_in_a_row = 0
-        self._report(gradient, rate)
+        self.reporter.step(
+            progress.step,
+            {
+                "loss": gradient.nll,
+                "balance": gradient.balance,
+                "grad_norm": gradient.norm,
+                "learning_rate": rate,
+                "tokens": gradient.num_tokens,
+            },
+            gradient.sums,
+        )
 
     def _skip(self, gradient: Gradient, batch_index: int) -> None:
         progress = self.state.progress
@@ -137,24 +155,6 @@ class Run:
                 f"lower optim.learning-rate ({self.config.optim.learning_rate}); the last checkpoint is intact"
             )
 
-    def _report(self, gradient: Gradient, rate: float) -> None:
-        now = perf_counter()
-        metrics = {
-            "loss": gradient.nll,
-            "perplexity": math.exp(min(gradient.nll, 700.0)),
-            "learning_rate": rate,
-            "grad_norm": gradient.norm,
-            "tokens_per_second": gradient.num_tokens / (now - self._last_step_at),
-        }
-        self._last_step_at = now
-        step = self.state.progress.step
-        if step % self.config.training.log_every == 0 or self.finished:
-            metrics["tokens"] = self.state.progress.tokens
-            for layer, sums in gradient.sums.items():
-                metrics["balance_loss"] = gradient.balance
-                metrics |= {f"{layer}/{name}": value for name, value in balance_metrics(sums).items()}
-        self.reporter.step(step, metrics)
-
     def _due(self, every: int) -> bool:
         progress = self.state.progress
         return progress.skipped_in_a_row == 0 and (progress.step % every == 0 or self.finished)
@@ -168,33 +168,29 @@ class Run:
 
     def evaluate(self) -> None:
         """Measure on the validation split, and remember the best."""
-        started = perf_counter()
-        result = evaluate(self.state.model, self.valid, batch_size=16, num_steps=64)
-        progress = self.state.progress
-        nll = result.nll_nats / result.num_tokens
-        if not progress.best_step or nll < progress.best_nll:
-            progress.best_step, progress.best_nll = progress.step, nll
+        with self.reporter.doing("evaluating"):
+            result = evaluate(
+                self.state.model,
+                self.dataset.split("valid"),
+                batch_size=16,
+                num_steps=64,
+                unknown_id=self.dataset.vocabulary.unknown_id,
+                context=self.config.batches.context,
+            )
+        metrics, progress = result.metrics(), self.state.progress
+        if not progress.best_step or metrics["loss"] < progress.best_nll:
+            progress.best_step, progress.best_nll = progress.step, metrics["loss"]
         self.last_evaluation = result
-        self.reporter.evaluation(
-            progress.step,
-            {
-                "valid_loss": nll,
-                "valid_perplexity": result.perplexity,
-                "valid_word_perplexity": result.word_perplexity,
-                "valid_bits_per_byte": result.bits_per_byte,
-            },
-        )
-        self._last_step_at += perf_counter() - started
+        self.reporter.evaluation(progress.step, metrics)
 
     def save(self) -> None:
         """Write a checkpoint; keep the newest ones and the best."""
-        started = perf_counter()
         progress = self.state.progress
         newest = saved_steps(self.folder)[: self.config.training.keep_checkpoints - 1]
-        self.state.save(checkpoints_of(self.folder), keep={*newest, progress.best_step})
-        if progress.best_step:
-            write_best(self.folder, step=progress.best_step, nll=progress.best_nll)
-        self._last_step_at += perf_counter() - started
+        with self.reporter.doing("saving"):
+            self.state.save(checkpoints_of(self.folder), keep={*newest, progress.best_step})
+            if progress.best_step:
+                write_best(self.folder, step=progress.best_step, nll=progress.best_nll)
 
 
 def make_batches(config: RunConfig, dataset: Dataset) -> ContinuousBatches | SentenceBatches:
@@ -202,10 +198,16 @@ def make_batches(config: RunConfig, dataset: Dataset) -> ContinuousBatches | Sen
     token_file, batches = dataset.split("train"), config.batches
     if isinstance(batches, ContinuousConfig):
         return ContinuousBatches(
-            token_file=token_file, batch_size=batches.batch_size, num_steps=batches.num_steps, seed=config.seed
+            token_file=token_file,
+            batch_size=batches.batch_size,
+            num_steps=batches.num_steps,
+            seed=config.seed,
         )
     return SentenceBatches(
-        token_file=token_file, batch_words=batches.batch_words, max_length=batches.max_length, seed=config.seed
+        token_file=token_file,
+        batch_words=batches.batch_words,
+        max_length=batches.max_length,
+        seed=config.seed,
     )
 
 
@@ -240,7 +242,9 @@ def freeze(model: LanguageModel, patterns: tuple[str, ...]) -> None:
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
         if not any(fnmatch(name, pattern) for name in names):
-            raise ValueError(f"training.freeze ({pattern}): no parameter has this name; there are {', '.join(names)}")
+            raise ValueError(
+                f"training.freeze ({pattern}): no parameter has this name; there are {', '.join(names)}"
+            )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(fnmatch(name, pattern) for pattern in patterns))
     if not any(p.requires_grad for p in model.parameters()):

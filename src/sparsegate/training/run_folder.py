@@ -4,7 +4,7 @@ import re
 from dataclasses import fields, replace
 from pathlib import Path
 
-from sparsegate.data import Dataset, save_vocabulary
+from ..data import Dataset, save_vocabulary
 
 from .config import RunConfig
 from .overrides import read_config, to_json
@@ -22,10 +22,17 @@ def checkpoints_of(folder: Path) -> Path:
     return folder / "checkpoints"
 
 
+def holds_run(folder: Path) -> bool:
+    """Whether a run was started in the folder."""
+    return (folder / CONFIG).is_file()
+
+
 def read_run_config(folder: Path) -> RunConfig:
     """The configuration of a run. ValueError where the folder is not a run's."""
-    if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder}: not a run: it has no {CONFIG}; give the folder that `sparsegate train` wrote")
+    if not holds_run(folder):
+        raise ValueError(
+            f"{folder}: not a run: it has no {CONFIG}; give the folder that `sparsegate train` wrote"
+        )
     return read_config(RunConfig, folder / CONFIG)
 
 
@@ -40,9 +47,11 @@ def open_run_folder(folder: Path, config: RunConfig, dataset: Dataset, *, resume
         data_fingerprint=dataset.fingerprint,
         model=replace(config.model, vocab_size=dataset.vocabulary.size),
     )
-    if (folder / CONFIG).is_file():
+    if holds_run(folder):
         if not resume:
-            raise ValueError(f"{folder}: holds a run already; add --resume to go on with it, or give another --out")
+            raise ValueError(
+                f"{folder}: holds a run already; add --resume to go on with it, or give another --out"
+            )
         _require_same_run(folder, read_run_config(folder), config)
     elif folder.is_dir() and any(entry.name != "lock" for entry in folder.iterdir()):
         raise ValueError(f"{folder}: not empty and not a run; give another --out")

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparsegate.models import LanguageModel
+from ..models import LanguageModel
 
 from .checkpoint import Checkpoint, save_checkpoint
 
@@ -41,7 +41,11 @@ class TrainState:
 
     def save(self, directory: Path, *, keep: Collection[int]) -> Path:
         """Write a checkpoint of this state, whole or not at all; see `save_checkpoint` for the errors."""
-        carried = {f"{name}.{part}": t for name, pair in self.carried.items() for part, t in zip("hc", pair, strict=True)}
+        carried = {
+            f"{name}.{part}": t
+            for name, pair in self.carried.items()
+            for part, t in zip("hc", pair, strict=True)
+        }
         return save_checkpoint(
             directory,
             step=self.progress.step,
@@ -73,11 +77,15 @@ def load_weights(model: torch.nn.Module, tensors: dict[str, Tensor], *, where: s
     own = model.state_dict()
     for name in [*own, *tensors]:
         if name not in tensors or name not in own:
-            raise ValueError(f"{where}: {name} is {'missing' if name in own else 'unknown to this model'}; "
-                             "the model's configuration is not the one these weights were made with")
+            raise ValueError(
+                f"{where}: {name} is {'missing' if name in own else 'unknown to this model'}; "
+                "the model's configuration is not the one these weights were made with"
+            )
         if own[name].shape != tensors[name].shape:
-            raise ValueError(f"{where}: {name} has shape {list(tensors[name].shape)}, this model's has "
-                             f"{list(own[name].shape)}; the vocabulary or the configuration differs")
+            raise ValueError(
+                f"{where}: {name} has shape {list(tensors[name].shape)}, this model's has "
+                f"{list(own[name].shape)}; the vocabulary or the configuration differs"
+            )
     model.load_state_dict(tensors)
 
 

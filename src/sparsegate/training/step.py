@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from sparsegate.data import Batch
-from sparsegate.models import LanguageModel, LanguageModelOutput
-from sparsegate.moe.losses import importance_loss, load_loss
-from sparsegate.moe.routing import BalanceSums
+from ..data import Batch
+from ..models import LanguageModel, LanguageModelOutput
+from ..moe.losses import importance_loss, load_loss
+from ..moe.routing import BalanceSums
 
 from .config import LossConfig, RunConfig
 from .noise import derived_seed, gate_noise
@@ -69,7 +69,9 @@ def compute_gradient(model: LanguageModel, batch: Batch, state: State, config: R
     slope = None
     if len(parts) > 1 and config.training.balance == "batch" and model.noise_widths():
         with torch.no_grad():
-            slope = balance_slope(add_sums([_sums(_forward(model, part, config)) for part in parts]), config.losses)
+            slope = balance_slope(
+                add_sums([_sums(_forward(model, part, config)) for part in parts]), config.losses
+            )
     model.zero_grad(set_to_none=True)
     outputs, nll, part_losses = [], 0.0, 0.0
     for part in parts:
@@ -97,7 +99,12 @@ def compute_gradient(model: LanguageModel, batch: Batch, state: State, config: R
 
 
 def apply_gradient(
-    model: LanguageModel, optimizer: torch.optim.Optimizer, gradient: Gradient, *, learning_rate: float, clip_norm: float
+    model: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    gradient: Gradient,
+    *,
+    learning_rate: float,
+    clip_norm: float,
 ) -> None:
     """Clip the finite gradient that stands in `.grad` to a global norm, and update the weights."""
     assert gradient.finite
@@ -156,7 +163,9 @@ def _forward(model: LanguageModel, part: _MicroBatch, config: RunConfig) -> Lang
         return model(part.input_BS, state=part.state, mask_BS=part.mask_BS, noise=part.noise)
 
 
-def _micro_batches(model: LanguageModel, batch: Batch, state: State, config: RunConfig) -> Iterator[_MicroBatch]:
+def _micro_batches(
+    model: LanguageModel, batch: Batch, state: State, config: RunConfig
+) -> Iterator[_MicroBatch]:
     device = model.softmax.weight.device
     widths = model.noise_widths()
     num_rows = batch.input_BS.shape[0]

@@ -1,0 +1,1 @@
+"""Measurements that end in a table with its command, versions and machine."""

@@ -1,0 +1,165 @@
+"""Sparse against dense at equal multiply-adds per word: the experiment of section 5.1 on any dataset.
+
+    python -m benchmarks.equal_computation --data DIR --out RUNS --steps 2000 --search-steps 500
+
+For each model: a search over learning rates without dropout, then over dropouts at the best learning rate, each
+trial judged on the validation split; then one run for each seed with what was best, reported on the test split.
+All models see the same batches. Everything is a run folder and is resumed when the command is given again;
+`RUNS/results.json` and the printed table hold what is finished so far.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsegate.data import Dataset
+from sparsegate.evaluation.perplexity import evaluate
+from sparsegate.inspection.balance import balance_metrics
+from sparsegate.recipes.planner import plan
+from sparsegate.recipes.registry import recipe
+from sparsegate.recipes.search import Trial, search
+from sparsegate.training.config import RunConfig
+from sparsegate.training.loop import train
+from sparsegate.training.storage import write_json_atomically
+
+MODELS = (
+    "small-moe-32",
+    "small-moe-1-wide",
+    "small-4xlstm",
+    "small-moe-1-deep",
+    "small-lstm",
+    "small-moe-256",
+)
+
+
+def main() -> None:
+    args = _arguments()
+    torch.set_num_threads(args.threads)
+    results = []
+    for name in args.models:
+        results.append(measure(name, args))
+        write_json_atomically(args.out / "results.json", results)
+        print(table(results), flush=True)
+
+
+def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Search, then the runs with every seed; one row of the table."""
+    config = recipe(name)
+    config = replace(config, data=str(args.data), seed=0)
+    best, tried = tune(shortened(config, args.search_steps), args)
+    config = replace(
+        shortened(config, args.steps),
+        optim=replace(config.optim, learning_rate=best.learning_rate),
+        model=replace(config.model, dropout=best.dropout),
+    )
+    runs = [final_run(replace(config, seed=seed), args) for seed in args.seeds]
+    costs = plan(replace(config.model, vocab_size=Dataset.open(args.data).vocabulary.size))
+    return {
+        "name": name,
+        "parameters_without_embedding_and_softmax": costs.parameters_without_embedding_and_softmax,
+        "ops_per_timestep": costs.ops_per_timestep,
+        "learning_rate": best.learning_rate,
+        "dropout": best.dropout,
+        "trials": tried,
+        "runs": runs,
+    }
+
+
+def shortened(config: RunConfig, steps: int) -> RunConfig:
+    """A run of so many steps that is evaluated at its end alone: no model is stopped at its best moment."""
+    training = replace(config.training, steps=steps, evaluate_every=steps, checkpoint_every=min(steps, 500))
+    return replace(config, training=training)
+
+
+def tune(config: RunConfig, args: argparse.Namespace) -> tuple[Trial, list[dict[str, float]]]:
+    """The best of all learning rates without dropout, and of that one with each dropout."""
+    folder = args.out / config.name / "search"
+    common = {
+        "folder": folder,
+        "console": None,
+        "on_trial": lambda trial: print(config.name, trial, flush=True),
+    }
+    first = search(config, learning_rates=args.learning_rates, dropouts=[0.0], **common)
+    second = search(config, learning_rates=[first[0].learning_rate], dropouts=args.dropouts, **common)
+    trials = sorted([*first, *second], key=lambda trial: trial.valid_nll)
+    return trials[0], [
+        {"learning_rate": t.learning_rate, "dropout": t.dropout, "valid_perplexity": math.exp(t.valid_nll)}
+        for t in trials
+    ]
+
+
+def final_run(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
+    """Train with one seed, and measure on the test split what is left at the last step."""
+    folder = args.out / config.name / f"seed-{config.seed}"
+    result_file = folder / "result.json"
+    if result_file.exists():
+        return json.loads(result_file.read_text())
+    started = time.monotonic()
+    state = train(config, folder=folder, resume=True).state
+    hours = (time.monotonic() - started) / 3600
+    dataset = Dataset.open(args.data)
+    train_split = dataset.split("train")
+    words_per_token = (train_split.num_words + train_split.num_sentences) / train_split.num_tokens
+    test = evaluate(
+        state.model, dataset.split("test"), batch_size=16, num_steps=64, context=config.batches.context
+    )
+    result = {
+        "seed": config.seed,
+        "tokens": state.progress.tokens,
+        "words": round(state.progress.tokens * words_per_token),
+        "hours": hours,
+        "valid_perplexity": math.exp(state.progress.best_nll),
+        **{f"test_{key}": value for key, value in test.metrics().items()},
+        "balance": {layer: balance_metrics(sums) for layer, sums in test.sums.items()},
+    }
+    write_json_atomically(result_file, result)
+    return result
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The rows so far, in Markdown."""
+    lines = [
+        "| model | multiply-adds per token (k) | parameters (M) | learning rate | dropout | test perplexity per token, by seed | per word | bits per byte | words seen (M) | hours |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results:
+        runs = row["runs"]
+        mean = {
+            key: statistics.mean(run[key] for run in runs)
+            for key in ("test_word_perplexity", "test_bits_per_byte", "words", "hours")
+        }
+        lines.append(
+            f"| {row['name']} | {row['ops_per_timestep'] / 1e3:.0f} "
+            f"| {row['parameters_without_embedding_and_softmax'] / 1e6:.2f} | {row['learning_rate']:g} "
+            f"| {row['dropout']:g} | {', '.join(f'{run["test_perplexity"]:.2f}' for run in runs)} "
+            f"| {mean['test_word_perplexity']:.1f} | {mean['test_bits_per_byte']:.3f} "
+            f"| {mean['words'] / 1e6:.2f} | {mean['hours']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--search-steps", type=int, default=500)
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3])
+    parser.add_argument("--dropouts", type=float, nargs="+", default=[0.1])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--threads", type=int, default=2)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

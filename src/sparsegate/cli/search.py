@@ -1,0 +1,58 @@
+"""`sparsegate search`: learning rate and dropout by trying."""
+
+import math
+from argparse import Namespace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ..recipes.registry import RECIPES
+from ..recipes.search import search
+from .train import config
+from .verb import Parser, Verb
+
+EXAMPLE = """
+sparsegate search small-moe-32 --data datasets/book --out runs/search --learning-rates 2e-3 4e-3 8e-3 --dropouts 0 0.1
+sparsegate search small-moe-32 --data datasets/book --out runs/short --learning-rates 2e-3 4e-3 --training.steps 500
+"""
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("name", help=f"recipe: {', '.join(RECIPES)}")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder for all the runs")
+    parser.add_argument("--learning-rates", type=float, nargs="+", required=True, metavar="X")
+    parser.add_argument("--dropouts", type=float, nargs="+", metavar="X", help="(default: the recipe's)")
+    parser.set_defaults(resume=False)
+
+
+def run(args: Namespace) -> int:
+    if not args.config.data:
+        raise ValueError("--data: give the dataset to train on, a folder that `sparsegate prepare` made")
+    console = Console(stderr=True)
+    trials = search(
+        args.config,
+        folder=args.out,
+        learning_rates=args.learning_rates,
+        dropouts=args.dropouts or [args.config.model.dropout],
+        console=console if console.is_terminal else None,
+        on_trial=lambda t: console.print(
+            f"learning rate {t.learning_rate:g}, dropout {t.dropout:g}: validation perplexity {math.exp(t.valid_nll):.2f}"
+        ),
+    )
+    table = Table(title=f"{args.name}, best first", title_justify="left")
+    for heading in ("learning rate", "dropout", "validation perplexity", "best step", "run"):
+        table.add_column(heading, justify="right")
+    for t in trials:
+        table.add_row(
+            f"{t.learning_rate:g}",
+            f"{t.dropout:g}",
+            f"{math.exp(t.valid_nll):.2f}",
+            str(t.best_step),
+            t.folder,
+        )
+    Console().print(table)
+    return 0
+
+
+VERB = Verb(example=EXAMPLE, add_arguments=add_arguments, run=run, config=config)
