@@ -13,6 +13,7 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -125,24 +126,25 @@ def final_run(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
 
 def table(results: list[dict[str, Any]]) -> str:
     """The rows so far, in Markdown."""
-    lines = [
-        "| model | multiply-adds per token (k) | parameters (M) | learning rate | dropout | test perplexity per token, by seed | per word | bits per byte | words seen (M) | hours |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in results:
-        runs = row["runs"]
-        mean = {
-            key: statistics.mean(run[key] for run in runs)
-            for key in ("test_word_perplexity", "test_bits_per_byte", "words", "hours")
-        }
-        lines.append(
-            f"| {row['name']} | {row['ops_per_timestep'] / 1e3:.0f} "
-            f"| {row['parameters_without_embedding_and_softmax'] / 1e6:.2f} | {row['learning_rate']:g} "
-            f"| {row['dropout']:g} | {', '.join(f'{run["test_perplexity"]:.2f}' for run in runs)} "
-            f"| {mean['test_word_perplexity']:.1f} | {mean['test_bits_per_byte']:.3f} "
-            f"| {mean['words'] / 1e6:.2f} | {mean['hours']:.2f} |"
-        )
-    return "\n".join(lines)
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "model": lambda row: row["name"],
+        "multiply-adds per token (k)": lambda row: f"{row['ops_per_timestep'] / 1e3:.0f}",
+        "parameters (M)": lambda row: f"{row['parameters_without_embedding_and_softmax'] / 1e6:.2f}",
+        "learning rate": lambda row: f"{row['learning_rate']:g}",
+        "dropout": lambda row: f"{row['dropout']:g}",
+        "test perplexity by seed": lambda row: ", ".join(f"{run['test_perplexity']:.2f}" for run in row["runs"]),
+        "per word": lambda row: f"{_mean(row, 'test_word_perplexity'):.1f}",
+        "bits per byte": lambda row: f"{_mean(row, 'test_bits_per_byte'):.3f}",
+        "words seen (M)": lambda row: f"{_mean(row, 'words') / 1e6:.2f}",
+        "hours a run": lambda row: f"{_mean(row, 'hours'):.2f}",
+    }
+    lines = [list(columns), ["---"] * len(columns)]
+    lines += [[show(row) for show in columns.values()] for row in results]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _mean(row: dict[str, Any], key: str) -> float:
+    return statistics.mean(run[key] for run in row["runs"])
 
 
 def _arguments() -> argparse.Namespace:
