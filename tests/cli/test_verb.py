@@ -109,9 +109,9 @@ def help_of(line: str, capsys: pytest.CaptureFixture[str]) -> str:
 def test_help_lists_the_fields_of_what_was_named(capsys: pytest.CaptureFixture[str]):
     text = help_of("balcony --help", capsys)
     assert "example: sparsegate grow balcony --seed 3" in text
-    assert "--place.kind pot|bed where it grows (pot)" in text
-    assert "--place.num-plants int plants in it, 100% alive (3)" in text
-    assert "--seed int (1)" in text
+    assert "--place.kind pot|bed where it grows [pot]" in text
+    assert "--place.num-plants int plants in it, 100% alive [3]" in text
+    assert "--seed int [1]" in text
 
 
 def test_help_without_a_name_tells_how_to_see_the_fields(capsys: pytest.CaptureFixture[str]):

@@ -5,6 +5,7 @@ import textwrap
 from argparse import Namespace
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..training.overrides import did_you_mean, options, replace_by_path
@@ -70,7 +71,7 @@ def _parser(verb: Verb, *, name: str, summary: str) -> Parser:
     parser = Parser(
         prog=f"sparsegate {name}",
         description=f"{summary}\n\nexample:\n{example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=32),
         allow_abbrev=False,
         add_help=False,
     )
@@ -94,10 +95,11 @@ class _Help(argparse.Action):
             if config is None:
                 parser.epilog = "Give --help after the name, and it shows the fields that can be changed."
             else:
-                group = parser.add_argument_group("fields of the configuration, and their values in it")
+                group = parser.add_argument_group("fields of the configuration [and their values]")
                 for option in options(config):
-                    text = f"{option.doc} ({_text(option.value)})".lstrip().replace("%", "%%")
-                    group.add_argument(_flag(option.path), metavar=option.type, help=text)
+                    value = _text(option.value)
+                    text = f"{option.doc} [{value}]" if value else option.doc
+                    group.add_argument(_flag(option.path), metavar=option.type, help=text.replace("%", "%%"))
         parser.print_help()
         parser.exit()
 
