@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .moe.losses import load_loss as load_loss
     from .moe.routing import BalanceSums as BalanceSums
     from .moe.routing import Routing as Routing
+    from .recipes.load import load as load
 
 _HOMES = {
     "BalanceSums": "moe.routing",
@@ -27,6 +28,7 @@ _HOMES = {
     "Routing": "moe.routing",
     "Softmax": "moe.gating.softmax",
     "importance_loss": "moe.losses",
+    "load": "recipes.load",
     "load_loss": "moe.losses",
 }
 

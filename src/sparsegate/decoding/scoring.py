@@ -69,7 +69,11 @@ def score_lines(model: LanguageModel, vocabulary: Vocabulary, lines: Sequence[st
 
 
 def score_rows(model: LanguageModel, rows: Sequence[_Tokens], *, start: int) -> list[npt.NDArray[np.float64]]:
-    """Negative log-likelihood in nats of each token of each row, from a fresh state and the input `start`."""
+    """Negative log-likelihood in nats of each token of each row, from a fresh state and the input `start`.
+
+    Raises:
+        ValueError: one is not finite.
+    """
     nll: list[list[npt.NDArray[np.float64]]] = [[] for _ in rows]
     with evaluation_mode(model):
         for group in groups_by_length([len(row) for row in rows], max_tokens=_MAX_TOKENS):
@@ -83,7 +87,10 @@ def score_rows(model: LanguageModel, rows: Sequence[_Tokens], *, start: int) -> 
                 for index, nll_S in zip(group, likelihood.nll_BS.double().cpu().numpy(), strict=True):
                     nll[index].append(nll_S[: max(0, len(rows[index]) - done)])
                 done += likelihood.nll_BS.shape[1]
-    return [np.concatenate(pieces) for pieces in nll]
+    nll_of_rows = [np.concatenate(pieces) for pieces in nll]
+    if not all(np.isfinite(nll_N).all() for nll_N in nll_of_rows):
+        raise ValueError("the model's output is not finite: its training diverged; use an earlier checkpoint")
+    return nll_of_rows
 
 
 def _encode(vocabulary: Vocabulary, lines: Sequence[str]) -> list[_Tokens]:

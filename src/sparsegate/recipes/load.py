@@ -69,7 +69,7 @@ class LanguageRun:
         dataset = self._dataset(data)
         token_file = dataset.split(split)
         token_file.verify(vocabulary_size=self.vocabulary.size)
-        text = part_of(token_file, self.vocabulary, part)
+        text = part_of(token_file, dataset.vocabulary, part)
         done = 0
 
         def advance(num_tokens: int) -> None:

@@ -1,0 +1,84 @@
+"""What the verbs that use a trained model have in common: the run, and the lines on standard input."""
+
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..recipes.load import LanguageRun, load
+from .verb import Parser
+
+_READ_BYTES = 1 << 20
+_MAX_LINE_BYTES = 16 << 20
+
+
+def add_run(parser: Parser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder that `sparsegate train` wrote")
+    parser.add_argument(
+        "--checkpoint",
+        default="best",
+        metavar="best|last|STEP",
+        help="which weights (default: best, or the last where none was evaluated)",
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+
+
+def load_run(args: Namespace) -> LanguageRun:
+    checkpoint = int(args.checkpoint) if args.checkpoint.isdecimal() else args.checkpoint
+    return load(args.run, checkpoint=checkpoint, device=args.device, warn=warn)
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def lines_as_they_come() -> Iterator[list[str]]:
+    """The lines of standard input, without line ends, in batches of those that can be had without waiting.
+
+    Lines end as in `data.text`. A program that writes a line and waits for the answer gets it.
+
+    Raises:
+        ValueError: names the line that is no UTF-8, holds NUL or is too long; the lines before it came first.
+    """
+    if sys.stdin is None:
+        raise ValueError("standard input: is closed; give text on it")
+    number, pending = 1, b""
+    while block := os.read(sys.stdin.fileno(), _READ_BYTES):
+        *complete, pending = (pending + block).split(b"\n")
+        yield from _decoded(complete, number)
+        number += len(complete)
+        if len(pending) > _MAX_LINE_BYTES:
+            raise ValueError(
+                f"standard input, line {number}: longer than {_MAX_LINE_BYTES:,} bytes; break it"
+            )
+    if pending:
+        yield from _decoded([pending], number)
+
+
+def _decoded(lines: list[bytes], number: int) -> Iterator[list[str]]:
+    """The lines in one batch, which are the first of a line that cannot be decoded and of those after it."""
+    decoded: list[str] = []
+    problem = None
+    for line in lines:
+        try:
+            decoded.append(_decode(line, number + len(decoded)))
+        except ValueError as error:
+            problem = error
+            break
+    if decoded:
+        yield decoded
+    if problem is not None:
+        raise problem
+
+
+def _decode(line: bytes, number: int) -> str:
+    where = f"standard input, line {number}"
+    if b"\0" in line:
+        raise ValueError(f"{where}: a NUL byte; is it a binary file?")
+    try:
+        text = line.removesuffix(b"\r").decode()
+    except UnicodeDecodeError as error:
+        bad = f"byte 0x{line[error.start]:02x} is not UTF-8"
+        raise ValueError(f"{where}: {bad}; convert it with iconv") from None
+    return text.removeprefix("\N{BYTE ORDER MARK}") if number == 1 else text

@@ -1,0 +1,31 @@
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.runs import make_dataset, make_run
+
+
+@pytest.fixture(scope="session")
+def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `runs/book` and `datasets/other`, which the examples of the verbs name."""
+    folder = tmp_path_factory.mktemp("book")
+    dataset = make_dataset(folder / "text", kind="subwords")
+    make_run(folder / "runs/book", dataset)
+    shutil.copytree(dataset.directory, folder / "datasets/other")
+    make_dataset(folder / "bytes", kind="bytes")
+    return folder
+
+
+@pytest.fixture
+def standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bytes], None]]:
+    """Puts bytes on standard input."""
+    with ExitStack() as files:
+
+        def put(content: bytes) -> None:
+            (tmp_path / "stdin").write_bytes(content)
+            monkeypatch.setattr("sys.stdin", files.enter_context((tmp_path / "stdin").open()))
+
+        yield put

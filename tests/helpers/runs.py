@@ -1,0 +1,70 @@
+"""Run folders as training leaves them, without training."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from sparsegate.data import Dataset, prepare, save_vocabulary
+from sparsegate.models import MixtureLM
+from sparsegate.training.config import ContinuousConfig, RunConfig, SentencesConfig
+from sparsegate.training.loop import make_state
+from sparsegate.training.overrides import to_json
+from sparsegate.training.run_folder import VOCABULARY, checkpoints_of, write_best
+from sparsegate.training.storage import write_json_atomically
+
+LINES = [f"The {number} cats sat on {number % 7} mats ... and a dög, too." for number in range(300)]
+
+
+def make_dataset(folder: Path, *, kind: str = "words", lines: list[str] = LINES) -> Dataset:
+    """A dataset of three splits, each with all the lines."""
+    folder.mkdir(parents=True)
+    texts = [folder / f"{split}.txt" for split in ("train", "valid", "test")]
+    for text in texts:
+        text.write_text("".join(line + "\n" for line in lines))
+    train, valid, test = ([text] for text in texts)
+    size = 300 if kind == "subwords" else None
+    return prepare(
+        output=folder / "dataset",
+        train=train,
+        valid=valid,
+        test=test,
+        vocabulary=kind,
+        vocabulary_size=size,
+    )
+
+
+def make_run(
+    folder: Path,
+    dataset: Dataset,
+    *,
+    steps: tuple[int, ...] = (10, 20),
+    best: int | None = 10,
+    sentences: bool = False,
+) -> RunConfig:
+    """A run with checkpoints of random weights, other ones at each step."""
+    model = MixtureLM(
+        vocab_size=dataset.vocabulary.size,
+        width=8,
+        lstm_units=8,
+        dropout=0.1,
+        num_experts=4,
+        k=2,
+        hidden=8,
+    )
+    batches = SentencesConfig() if sentences else ContinuousConfig()
+    config = RunConfig(
+        name="tiny",
+        data=str(dataset.directory),
+        data_fingerprint=dataset.fingerprint,
+        model=model,
+        batches=batches,
+    )
+    folder.mkdir(parents=True)
+    write_json_atomically(folder / "config.json", to_json(config))
+    save_vocabulary(dataset.vocabulary, folder / VOCABULARY)
+    for step in steps:
+        state = make_state(replace(config, seed=step))
+        state.progress.step = step
+        state.save(checkpoints_of(folder), keep=steps)
+    if best is not None:
+        write_best(folder, step=best, nll=1.0)
+    return config
