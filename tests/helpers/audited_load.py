@@ -1,4 +1,4 @@
-"""Load checkpoints while each act of the interpreter is watched: `python audited_load.py FOLDER...` prints JSON.
+"""Load checkpoints while each act of the interpreter is watched: `audited_load.py FOLDER...` prints JSON.
 
 With a pickle in the place of a folder, it is unpickled: what the watch must see.
 """
