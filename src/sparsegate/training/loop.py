@@ -94,11 +94,11 @@ class Run:
         if newest is not None:
             self.state.restore(load_checkpoint(newest))
             progress = self.state.progress
-            self.reporter.resume_at(progress.step)
             if progress.best_step:
                 write_best(self.folder, step=progress.best_step, nll=progress.best_nll)
         elif self.config.training.init_from:
             start_from(self.state.model, Path(self.config.training.init_from))
+        self.reporter.resume_at(self.state.progress.step)  # also at 0: it may have died before a checkpoint
 
     def _warn(self, message: str) -> None:
         self.reporter.event("warning", message=message)
