@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sparsegate.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from sparsegate.training.strict_json import MAX_JSON_BYTES
 from tests.helpers.checkpoints import (
     assert_is_of,
     assert_same_tensors,
@@ -202,6 +203,15 @@ def test_what_is_no_checkpoint_is_refused_with_a_cure(tmp_path, name, cause) -> 
         ValueError, match=f"^{tmp_path / name}[^\n]*{cause}[^\n]*; restore it from a copy[^\n]*$"
     ):
         load_checkpoint(tmp_path / name)
+
+
+def test_a_state_over_the_limit_is_refused_before_it_is_read(tmp_path) -> None:
+    path = save(tmp_path, 1)
+    os.truncate(path / "state.json", MAX_JSON_BYTES + 1)
+    (path / "MANIFEST.json").write_bytes(manifest_of(path, step=1))
+    for use in (load_checkpoint, lambda path: latest_checkpoint(tmp_path, warn=lambda message: None)):
+        with pytest.raises(ValueError, match="MANIFEST.json: state.json of [0-9,]+ bytes is over the limit"):
+            use(path)
 
 
 def test_another_format_is_told_apart_from_damage(tmp_path) -> None:

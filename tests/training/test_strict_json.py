@@ -5,7 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsegate.training.strict_json import MAX_JSON_BYTES, MAX_JSON_DEPTH, parse_json, to_json_bytes
+from sparsegate.training.strict_json import (
+    MAX_JSON_BYTES,
+    MAX_JSON_DEPTH,
+    is_count,
+    parse_json,
+    to_json_bytes,
+)
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -35,6 +41,10 @@ def test_what_json_would_change_is_refused_by_its_name(value, entry) -> None:
     with pytest.raises(ValueError, match="^[^\n]+$") as refusal:
         to_json_bytes(value, name="state")
     assert entry in str(refusal.value)
+
+
+def test_a_count_is_an_integer_of_zero_or_more() -> None:
+    assert [value for value in (0, 7, -1, True, False, 1.0, "1", None) if is_count(value)] == [0, 7]
 
 
 def test_what_is_deep_or_in_itself_is_refused() -> None:

@@ -70,6 +70,15 @@ def test_tensors_come_back_with_order_dtype_shape_and_bits(group, metadata) -> N
 
 
 @given(st.dictionaries(keys, tensors(), max_size=5))
+def test_every_tensor_begins_at_a_multiple_of_its_item_size(group) -> None:
+    data = encode(group)
+    length = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:length])
+    for key, tensor in group.items():
+        assert (length + header[key]["data_offsets"][0]) % tensor.element_size() == 0
+
+
+@given(st.dictionaries(keys, tensors(), max_size=5))
 def test_the_library_reads_what_is_written(group) -> None:
     group = {key: tensor for key, tensor in group.items() if tensor.dtype not in LIBRARY_CANNOT_READ}
     found = safetensors.torch.load(encode(group))
