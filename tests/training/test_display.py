@@ -128,7 +128,7 @@ def test_the_shown_loss_is_the_mean_of_the_last_ones():
     for step in range(200, 300):
         display.take_in(step_line(step, loss=5.0 + (-1) ** step))
     shown = float(re.search(r"loss +([\d.]+)", panel(display)[2])[1])
-    assert shown == pytest.approx(5.0, abs=0.1)
+    assert shown == pytest.approx(5.0, abs=0.2)  # of values that are 1 away from it
 
 
 def test_one_bad_value_does_not_stay_in_the_mean():
@@ -178,7 +178,7 @@ def test_a_console_that_is_not_a_terminal_gets_plain_lines_now_and_then(monkeypa
     assert lines[1].endswith("0:00:48 left")
     assert lines[3].endswith("0:01:18 in all")
     assert "CV load 0.05" in lines[1]
-    assert lines[4].split() == ["10,000", "evaluation", "loss", "4.100", "bits/byte", "1.310"]
+    assert lines[4].split() == ["10,000", "valid", "loss", "4.100", "bits/byte", "1.310"]
     assert lines[5].split() == ["10,000", "checkpoint", "path", "checkpoints/step-00010000"]
     assert lines[6:] == ["[not markup] a warning"]
 
@@ -214,4 +214,4 @@ def test_a_live_panel_ends_below_what_was_said_above_it():
     display.stop()
     text = console.file.getvalue()
     assert "\x1b" in text
-    assert text.rindex("evaluation") < text.rindex("moe-32") < text.rindex("10/10")
+    assert text.rindex("10  valid") < text.rindex("moe-32") < text.rindex("10/10")

@@ -19,6 +19,7 @@ _PLAIN_SECONDS = 30.0
 # What the panel has room for, in this order, and how it is written.
 _TRAIN = ("loss", "perplexity", "tokens_per_second", "learning_rate")
 _VALID = ("loss", "perplexity", "bits_per_byte")
+_EVALUATION = ("loss", "perplexity", "word_perplexity", "bits_per_byte")
 _BALANCE = ("cv_load", "cv_importance", "max_over_mean_load", "dead_experts")
 _LABELS = {
     "tokens_per_second": "tokens/s",
@@ -53,9 +54,9 @@ class Display:
     by above it; elsewhere there is a plain line every half minute, and one for each evaluation and event.
     activity: what keeps the run from training, or "".
 
-    The loss of one step is noisy: what is shown is a running mean over the last ten logged steps or so. Of
-    several layers with experts, the worst is shown. A console that cannot be written to (a closed pipe, a
-    full disk behind it) is left alone from then on.
+    The loss of one step is noisy: what is shown is a running mean over the last few logged steps. Of several
+    layers with experts, the worst is shown. A console that cannot be written to (a closed pipe, a full disk
+    behind it) is left alone from then on.
     """
 
     def __init__(self, *, name: str, total_steps: int, console: Console | None) -> None:
@@ -67,7 +68,7 @@ class Display:
         self._step = self._first_step = 0
         self._began = time.monotonic()
         self._spoke_at = -math.inf
-        self._loss = _RunningMean(rate=0.1)
+        self._loss = _RunningMean(rate=0.3)
         self._curve = _Curve(label="loss     ")
         self._train: dict[str, float] = {}
         self._valid: dict[str, float] = {}
@@ -287,15 +288,18 @@ def _number(key: str, value: float) -> str:
 
 
 def _event_text(line: Mapping[str, Any]) -> Text:
-    """`12,000  evaluation  loss 4.391  perplexity 80.72`"""
-    head = Text(f"{line['step']:>9,}  {line['kind']}", style=_KIND_STYLES.get(line["kind"], "dim"))
-    cells = [_field(key, value) for key, value in line.items() if key not in ("kind", "step", "time")]
-    return Text("  ").join([head, *cells])
+    """`12,000  valid  loss 4.391  perplexity 80.72`"""
+    kind, style = line["kind"], _KIND_STYLES.get(line["kind"], "dim")
+    if kind == "evaluation":
+        kind, cells = "valid", list(_cells(line, "valid/", _EVALUATION))
+    else:
+        cells = [_field(key, value) for key, value in line.items() if key not in ("kind", "step", "time")]
+    return Text("  ").join([Text(f"{line['step']:>7,}  {kind}", style=style), *cells])
 
 
 def _field(key: str, value: Any) -> Text:
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return _cell(key.rpartition("/")[2], value)
+        return _cell(key, value)
     if key == "message":
         return Text(str(value))
     return Text.assemble((_label(key), "dim"), " ", str(value))
