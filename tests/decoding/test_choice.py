@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsegate.decoding.choice import Sampling, candidates, choose
+from sparsegate.decoding.choice import Sampling, choose, restrict
 
 
 def draws(num_rows, seed=0):
@@ -15,8 +15,7 @@ def draws(num_rows, seed=0):
 
 def kept(logits, **options):
     """The set of tokens that can be drawn."""
-    score_BK, token_BK = candidates(torch.tensor([logits]), **options)
-    return {int(token) for score, token in zip(score_BK[0], token_BK[0], strict=True) if score > -math.inf}
+    return set(np.flatnonzero(restrict(np.array([logits]), **options)[0] > -np.inf).tolist())
 
 
 def softmax(logits):
@@ -25,7 +24,7 @@ def softmax(logits):
 
 
 distinct_logits = st.lists(
-    st.floats(-8, 8, allow_nan=False, width=32), min_size=1, max_size=20, unique_by=lambda x: round(x, 2)
+    st.floats(-8, 8, allow_nan=False), min_size=1, max_size=20, unique_by=lambda x: round(x, 2)
 )
 
 
@@ -53,6 +52,12 @@ def test_top_p_counts_the_probabilities_that_top_k_left():
 
 def test_the_most_probable_token_stays_however_small_top_p_is():
     assert kept([1.0, 3.0, 2.0], temperature=1.0, top_k=None, top_p=1e-300) == {1}
+
+
+def test_equally_probable_tokens_stay_together():
+    logits = [1.0, 2.0, 1.0, 1.0, 0.0]
+    assert kept(logits, temperature=1.0, top_k=2, top_p=None) == {0, 1, 2, 3}
+    assert kept(logits, temperature=1.0, top_k=None, top_p=0.5) == {0, 1, 2, 3}
 
 
 def chi_square(counts, probabilities):

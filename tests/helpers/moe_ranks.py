@@ -1,6 +1,7 @@
 """A layer on several ranks, spawned: what each process runs, and the tokens that it is given."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,16 @@ from sparsegate.moe.routing import BalanceSums
 from tests.helpers.moe_cases import NUM_EXPERTS, WIDTH, Batch, a_moe, some_experts
 
 WORLD_SIZE = 2
+
+
+class Case(NamedTuple):
+    """Which experts, and how many of the tokens the first rank is given; the second has the rest."""
+
+    kind: str
+    cut: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}-{self.cut}"
 
 
 def build(kind: str) -> MoE:
@@ -53,23 +64,30 @@ def _of_the_others(sums: BalanceSums) -> BalanceSums:
     return BalanceSums(**fields)
 
 
-def _run_rank(rank: int, kind: str, cut: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD_SIZE
-    )
-    whole = whole_batch()
-    own = Batch(*(t[:cut] if rank == 0 else t[cut:] for t in whole))
-    moe = build(kind)
+def _gradients_of_one_rank(rank: int, case: Case) -> dict[str, Tensor]:
+    own = Batch(*(t[: case.cut] if rank == 0 else t[case.cut :] for t in whole_batch()))
+    moe = build(case.kind)
     _, sums = loss_of(moe, own, others=None)
     parallel = nn.parallel.DistributedDataParallel(moe)
     loss, _ = loss_of(parallel, own, others=_of_the_others(sums))
     (loss * WORLD_SIZE).backward()  # gradients are to be added up, and this wrapper takes their mean
-    save_file({name: p.grad for name, p in moe.named_parameters()}, f"{folder}/rank{rank}.safetensors")
+    return {name: p.grad for name, p in moe.named_parameters()}
+
+
+def _run_rank(rank: int, cases: list[Case], folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD_SIZE
+    )
+    for case in cases:
+        save_file(_gradients_of_one_rank(rank, case), Path(folder, f"{case}-{rank}.safetensors"))
     dist.destroy_process_group()
 
 
-def gradients_of_ranks(kind: str, *, cut: int, folder: Path) -> list[dict[str, Tensor]]:
-    """Rank 0 gets the first `cut` tokens, rank 1 the rest; each rank's gradients after the exchange."""
-    mp.spawn(_run_rank, (kind, cut, str(folder)), nprocs=WORLD_SIZE)
-    return [load_file(folder / f"rank{rank}.safetensors") for rank in range(WORLD_SIZE)]
+def gradients_on_ranks(cases: list[Case], folder: Path) -> dict[Case, list[dict[str, Tensor]]]:
+    """Each rank's gradients after the exchange, for each case."""
+    mp.spawn(_run_rank, (cases, str(folder)), nprocs=WORLD_SIZE)
+    return {
+        case: [load_file(folder / f"{case}-{rank}.safetensors") for rank in range(WORLD_SIZE)]
+        for case in cases
+    }

@@ -3,24 +3,24 @@
 import pytest
 import torch
 
-from tests.helpers.moe_ranks import build, gradients_of_ranks, loss_of, whole_batch
+from tests.helpers.moe_ranks import Case, build, gradients_on_ranks, loss_of, whole_batch
 from tests.helpers.tolerances import assert_close
 
+CASES = [Case("feed_forward", 9), Case("feed_forward", 12), Case("modules", 7)]
 
-@pytest.mark.parametrize(
-    ("kind", "cut"),
-    [
-        ("feed_forward", 9),
-        pytest.param("feed_forward", 12, marks=pytest.mark.nightly, id="a rank without a token"),
-        pytest.param("modules", 9, marks=pytest.mark.nightly),
-    ],
-)
-def test_two_ranks_with_uneven_tokens_have_the_gradients_of_one_process(kind, cut, tmp_path):
-    moe = build(kind)
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return gradients_on_ranks(CASES, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_two_ranks_with_uneven_tokens_have_the_gradients_of_one_process(case, found):
+    moe = build(case.kind)
     loss, sums = loss_of(moe, whole_batch(), others=None)
     loss.backward()
     assert sums.count_E[3:].tolist() == [0, 0]
-    for ours in gradients_of_ranks(kind, cut=cut, folder=tmp_path):
+    for ours in found[case]:
         for name, parameter in moe.named_parameters():
             assert_close(ours[name], parameter.grad)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 READ_BYTES = 1 << 20
+SHORTEST_LIMIT = 1 << 10
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
@@ -25,7 +26,7 @@ _FOREIGN = {
     b"\xfd7zXZ\x00": "xz: unpack it with `xz -dk`",
     b"\x28\xb5\x2f\xfd": "zstd: unpack it with `zstd -d`",
     b"PK\x03\x04": "zip: unpack it with `unzip`",
-    b"BZh": "bzip2: unpack it with `bunzip2 -k`",
+    b"BZh91AY&SY": "bzip2: unpack it with `bunzip2 -k`",
     b"\xff\xfe": "UTF-16: convert it with `iconv -f UTF-16 -t UTF-8`",
     b"\xfe\xff": "UTF-16: convert it with `iconv -f UTF-16 -t UTF-8`",
 }
@@ -40,7 +41,7 @@ class TextOptions:
         are dropped.
     replace_bad_bytes: replace what is not UTF-8, NUL and lone surrogates by U+FFFD; else they are errors.
     max_line_bytes: the longest line, or JSON object, that is read.
-    max_gzip_ratio: a gzip file may unpack to this many times its own size.
+    max_gzip_ratio: a gzip file may unpack to this many times its own size, or to a megabyte.
     """
 
     field: str = "text"
@@ -50,9 +51,10 @@ class TextOptions:
     max_gzip_ratio: int = 100
 
     def __post_init__(self) -> None:
-        for name in ("max_line_bytes", "max_gzip_ratio"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        if self.max_line_bytes < SHORTEST_LIMIT:
+            raise ValueError(f"max_line_bytes ({self.max_line_bytes}) must be at least {SHORTEST_LIMIT}")
+        if self.max_gzip_ratio < 1:
+            raise ValueError(f"max_gzip_ratio ({self.max_gzip_ratio}) must be at least 1")
 
 
 def text_files(paths: Iterable[Path]) -> list[Path]:
@@ -138,13 +140,12 @@ def _reads(path: Path, file: BinaryIO, options: TextOptions) -> Iterator[bytes]:
     """The bytes of the text, unpacked, without a byte order mark."""
     packed = path.suffix == ".gz"
     stream = gzip.GzipFile(fileobj=file) if packed else file
-    limit = os.fstat(file.fileno()).st_size * options.max_gzip_ratio
+    limit = max(READ_BYTES, os.fstat(file.fileno()).st_size * options.max_gzip_ratio)
     size = min(READ_BYTES, options.max_line_bytes)
     total = 0
     while read := _read(path, stream, size):
         if total == 0:
-            if not options.replace_bad_bytes:
-                _refuse_foreign(path, read)
+            _refuse_foreign(path, read)
             read = read.removeprefix(BYTE_ORDER_MARK)
         total += len(read)
         if packed and total > limit:
@@ -165,7 +166,7 @@ def _read(path: Path, stream: BinaryIO | gzip.GzipFile, size: int) -> bytes:
 def _refuse_foreign(path: Path, head: bytes) -> None:
     for magic, cure in _FOREIGN.items():
         if head.startswith(magic):
-            raise ValueError(f"{path}: is no text but {cure}")
+            raise ValueError(f"{path}: not text but {cure}")
 
 
 def _plain_lines(path: Path, block: bytes, number: int, options: TextOptions) -> list[str]:
@@ -176,7 +177,9 @@ def _json_lines(path: Path, block: bytes, number: int, options: TextOptions) -> 
     lines: list[str] = []
     for offset, line in enumerate(_plain_lines(path, block, number, options)):
         if line and not line.isspace():
-            lines.extend(_split(_text_of(f"{path}, line {number + offset}", line, options)))
+            text = _text_of(f"{path}, line {number + offset}", line, options)
+            # As in a file, the last line feed ends the last line, and does not begin another.
+            lines.extend(_split(text.removesuffix("\n")) if text else [])
     return lines
 
 

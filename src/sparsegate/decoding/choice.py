@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
+
+_Floats = npt.NDArray[np.float64]
 
 _MAX_TOKENS = 1_000_000
 _MAX_TEMPERATURE = 1000.0
@@ -48,61 +49,61 @@ class Sampling:
         _require("stop", f"{len(self.stop)} texts", fits, what)
 
 
-def candidates(
-    logits_BV: Tensor, *, temperature: float, top_k: int | None, top_p: float | None
-) -> tuple[Tensor, Tensor]:
-    """The tokens to draw from, and log-probabilities up to a constant of each row.
+def restrict(logits_BV: _Floats, *, temperature: float, top_k: int | None, top_p: float | None) -> _Floats:
+    """Log-probabilities to draw with, up to a constant in each row; minus infinity for tokens not to be drawn.
 
-    logits_BV: of any floating dtype. temperature: above 0. Returns score_BK in float64, minus infinity for
-    tokens that are not to be drawn, and token_BK; K is the vocabulary or `top_k`, and the order is by
-    falling probability if there is a `top_k` or a `top_p`.
+    logits_BV: float64; minus infinity is a token not to be drawn. temperature: above 0. Tokens that are exactly as
+    probable as the last of the top k or top p stay with it.
     """
-    logits_BV = logits_BV.double()
-    score_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / temperature
-    num_rows, vocab_size = score_BV.shape
-    if top_k is None and top_p is None:
-        return score_BV, torch.arange(vocab_size, device=score_BV.device).expand(num_rows, -1)
-    score_BK, token_BK = score_BV.topk(min(top_k or vocab_size, vocab_size), dim=-1)
+    with np.errstate(
+        over="ignore"
+    ):  # next to a temperature of 0, all but the most probable are infinitely less so
+        score_BV = (logits_BV - logits_BV.max(axis=-1, keepdims=True)) / temperature
+    if top_k is not None and top_k < score_BV.shape[1]:
+        least_B1 = np.partition(score_BV, -top_k, axis=-1)[:, -top_k, None]
+        score_BV[score_BV < least_B1] = -np.inf
     if top_p is not None:
-        probability_BK = score_BK.softmax(dim=-1)
-        before_BK = probability_BK.cumsum(dim=-1) - probability_BK
-        before_BK[:, 0] = 0.0
-        score_BK = score_BK.masked_fill(before_BK >= top_p, -torch.inf)
-    return score_BK, token_BK
+        probability_BV = np.exp(score_BV)
+        probability_BV /= probability_BV.sum(axis=-1, keepdims=True)
+        sorted_BV = np.sort(probability_BV, axis=-1)[:, ::-1]
+        before_BV = sorted_BV.cumsum(axis=-1) - sorted_BV
+        last_B1 = (before_BV < top_p).sum(axis=-1, keepdims=True) - 1
+        score_BV[probability_BV < np.take_along_axis(sorted_BV, last_B1, axis=-1)] = -np.inf
+    return score_BV
 
 
-@torch.inference_mode()
 def choose(
     logits_BV: Tensor, *, sampling: Sampling, draws: Sequence[np.random.PCG64], never: int | None
 ) -> list[int]:
     """The next token of each row.
 
-    draws: the randomness of each row, which moves on if the temperature is not 0. A token is drawn as the
-    one whose score plus Gumbel noise is greatest. Other than inverting the cumulative distribution this
-    hardly ever changes with the last bits of the logits, which depend on how many rows there are. never: a
-    token that is not to be chosen.
+    draws: the randomness of each row, which moves on if the temperature is not 0. A token is drawn as the one whose
+    score plus Gumbel noise is greatest. Other than inverting the cumulative distribution this hardly ever changes
+    with the last bits of the logits, which depend on how many rows there are. never: a token that is not to be
+    chosen.
 
     Raises:
         ValueError: a row's greatest logit is not finite.
     """
+    # On the CPU, where NumPy sorts ten times faster than torch does.
+    exact_BV = np.array(logits_BV.detach().double().cpu())
     if never is not None:
-        logits_BV = logits_BV.index_fill(1, torch.tensor([never], device=logits_BV.device), -torch.inf)
-    if not torch.isfinite(logits_BV.amax(dim=-1)).all():
+        exact_BV[:, never] = -np.inf
+    if not np.isfinite(exact_BV.max(axis=-1)).all():
         raise ValueError("the model's output is not finite: its training diverged; use an earlier checkpoint")
     if sampling.temperature == 0:
-        return logits_BV.argmax(dim=-1).tolist()
-    score_BK, token_BK = candidates(
-        logits_BV, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p
+        return exact_BV.argmax(axis=-1).tolist()
+    score_BV = restrict(
+        exact_BV, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p
     )
-    noise_BK = np.stack([_gumbel(bits, score_BK.shape[1]) for bits in draws])
-    best_B1 = (score_BK + torch.from_numpy(noise_BK).to(score_BK.device)).argmax(dim=-1, keepdim=True)
-    return token_BK.gather(1, best_B1)[:, 0].tolist()
+    noise_BV = np.stack([_gumbel(bits, score_BV.shape[1]) for bits in draws])
+    return (score_BV + noise_BV).argmax(axis=-1).tolist()
 
 
-def _gumbel(bits: np.random.PCG64, size: int) -> npt.NDArray[np.float64]:
+def _gumbel(bits: np.random.PCG64, size: int) -> _Floats:
     """Standard Gumbel noise, finite, that does not depend on the version of NumPy."""
     uniform = ((bits.random_raw(size) >> np.uint64(12)) + 0.5) * 2.0**-52
-    return -np.log(-np.log1p(-uniform))
+    return -np.log(-np.log(uniform))
 
 
 def _require(name: str, value: object, fits: bool, what: str) -> None:

@@ -1,0 +1,40 @@
+"""Small texts and datasets for the tests of the data floor."""
+
+from pathlib import Path
+
+from hypothesis import strategies as st
+
+from sparsegate.data import Dataset, TextOptions, prepare
+
+# Letters, marks that combine, joiners, apostrophes, digits, every ASCII mark, kinds of white space, planes above 0.
+CURIOUS = "aZé\u0301\u0308ß\u0e33\u0915\u094d\u200c\u200d'’\"`07²½_ \t\u00a0\u2028\x0b\r\x85\x00.,-=()<>/&中😀\U0001d165\ufeff"
+
+lines = st.text(st.one_of(st.sampled_from(CURIOUS), st.characters(exclude_categories=["Cs"])), max_size=40).map(
+    lambda line: line.replace("\n", "")
+)
+
+
+def write(path: Path, text: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def prose(num_lines: int) -> str:
+    """Lines of one to eleven words, all different."""
+    return "".join(
+        f"line {number} " + " ".join(f"w{(number * 7 + place) % 23}" for place in range(number % 10)) + "\n"
+        for number in range(num_lines)
+    )
+
+
+def dataset_of(folder: Path, text: str, *, vocabulary: str = "words", size: int | None = None) -> Dataset:
+    """A dataset whose splits all hold `text`, blank lines included."""
+    files = {split: [write(folder / f"{split}.txt", text)] for split in ("train", "valid", "test")}
+    return prepare(
+        output=folder / "dataset",
+        **files,
+        vocabulary=vocabulary,
+        vocabulary_size=size,
+        text=TextOptions(keep_blank_lines=True),
+    )
