@@ -19,7 +19,7 @@ def _run(name: str, model: LanguageModelConfig) -> RunConfig:
         name=name,
         model=model,
         batches=ContinuousConfig(batch_size=32, num_steps=32),
-        optim=OptimConfig(learning_rate=4e-3, warmup_steps=200),
+        optim=OptimConfig(learning_rate=8e-3, warmup_steps=200),
         training=TrainingConfig(steps=2000, evaluate_every=500),
     )
 
