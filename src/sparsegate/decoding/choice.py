@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
-_Floats = npt.NDArray[np.float64]
+_Reals = npt.NDArray[np.floating[Any]]
 
 _MAX_TOKENS = 1_000_000
 _MAX_TEMPERATURE = 1000.0
@@ -49,27 +51,33 @@ class Sampling:
         _require("stop", f"{len(self.stop)} texts", fits, what)
 
 
-def restrict(logits_BV: _Floats, *, temperature: float, top_k: int | None, top_p: float | None) -> _Floats:
-    """Log-probabilities to draw with, up to a constant in each row; minus infinity for tokens not to be drawn.
+def restrict(
+    logits_BV: _Reals, *, temperature: float, top_k: int | None, top_p: float | None
+) -> npt.NDArray[np.float64]:
+    """Log-probabilities to draw with, up to a constant in each row: minus infinity for what is not drawn.
 
-    logits_BV: float64; minus infinity is a token not to be drawn. temperature: above 0. Tokens that are exactly as
-    probable as the last of the top k or top p stay with it.
+    logits_BV: float32 or float64; minus infinity is a token not to be drawn. temperature: above 0. Tokens
+    that are exactly as probable as the last of the top k or top p stay with it.
     """
-    with np.errstate(
-        over="ignore"
-    ):  # next to a temperature of 0, all but the most probable are infinitely less so
-        score_BV = (logits_BV - logits_BV.max(axis=-1, keepdims=True)) / temperature
-    if top_k is not None and top_k < score_BV.shape[1]:
-        least_B1 = np.partition(score_BV, -top_k, axis=-1)[:, -top_k, None]
-        score_BV[score_BV < least_B1] = -np.inf
+    greatest_B1 = logits_BV.max(axis=-1, keepdims=True).astype(np.float64)
+    score_BV = _scaled(logits_BV - greatest_B1, temperature)
+    if top_k is None and top_p is None:
+        return score_BV
+    num_rows, vocab_size = logits_BV.shape
+    k = min(top_k or vocab_size, vocab_size)
+    top_BK = np.sort(np.partition(logits_BV, vocab_size - k, axis=-1)[:, vocab_size - k :], axis=-1)[:, ::-1]
+    last_B1 = np.full((num_rows, 1), k - 1)
     if top_p is not None:
-        probability_BV = np.exp(score_BV)
-        probability_BV /= probability_BV.sum(axis=-1, keepdims=True)
-        sorted_BV = np.sort(probability_BV, axis=-1)[:, ::-1]
-        before_BV = sorted_BV.cumsum(axis=-1) - sorted_BV
-        last_B1 = (before_BV < top_p).sum(axis=-1, keepdims=True) - 1
-        score_BV[probability_BV < np.take_along_axis(sorted_BV, last_B1, axis=-1)] = -np.inf
-    return score_BV
+        weight_BK = np.exp(_scaled(top_BK - greatest_B1, temperature))
+        before_BK = weight_BK.cumsum(axis=-1) - weight_BK
+        enough_B1 = top_p * weight_BK.sum(axis=-1, keepdims=True)
+        last_B1 = (before_BK < enough_B1).sum(axis=-1, keepdims=True) - 1
+    return np.where(logits_BV < np.take_along_axis(top_BK, last_B1, axis=-1), -np.inf, score_BV)
+
+
+def _scaled(score: npt.NDArray[np.float64], temperature: float) -> npt.NDArray[np.float64]:
+    with np.errstate(over="ignore"):  # next to a temperature of 0 all others are infinitely less probable
+        return score / temperature
 
 
 def choose(
@@ -77,30 +85,29 @@ def choose(
 ) -> list[int]:
     """The next token of each row.
 
-    draws: the randomness of each row, which moves on if the temperature is not 0. A token is drawn as the one whose
-    score plus Gumbel noise is greatest. Other than inverting the cumulative distribution this hardly ever changes
-    with the last bits of the logits, which depend on how many rows there are. never: a token that is not to be
-    chosen.
+    draws: the randomness of each row, which moves on if the temperature is not 0. A token is drawn as the one
+        whose score plus Gumbel noise is greatest. Other than inverting the cumulative distribution this
+        hardly ever changes with the last bits of the logits, which depend on how many rows there are.
+    never: a token that is not to be chosen.
 
     Raises:
         ValueError: a row's greatest logit is not finite.
     """
-    # On the CPU, where NumPy sorts ten times faster than torch does.
-    exact_BV = np.array(logits_BV.detach().double().cpu())
+    # On the CPU and in the logits' own precision, in which NumPy sorts ten times faster than torch.
+    dtype = torch.promote_types(logits_BV.dtype, torch.float32)
+    host_BV = logits_BV.detach().cpu().to(dtype, copy=True).numpy()
     if never is not None:
-        exact_BV[:, never] = -np.inf
-    if not np.isfinite(exact_BV.max(axis=-1)).all():
+        host_BV[:, never] = -np.inf
+    if not np.isfinite(host_BV.max(axis=-1)).all():
         raise ValueError("the model's output is not finite: its training diverged; use an earlier checkpoint")
     if sampling.temperature == 0:
-        return exact_BV.argmax(axis=-1).tolist()
-    score_BV = restrict(
-        exact_BV, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p
-    )
+        return host_BV.argmax(axis=-1).tolist()
+    score_BV = restrict(host_BV, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
     noise_BV = np.stack([_gumbel(bits, score_BV.shape[1]) for bits in draws])
     return (score_BV + noise_BV).argmax(axis=-1).tolist()
 
 
-def _gumbel(bits: np.random.PCG64, size: int) -> _Floats:
+def _gumbel(bits: np.random.PCG64, size: int) -> npt.NDArray[np.float64]:
     """Standard Gumbel noise, finite, that does not depend on the version of NumPy."""
     uniform = ((bits.random_raw(size) >> np.uint64(12)) + 0.5) * 2.0**-52
     return -np.log(-np.log(uniform))
