@@ -83,7 +83,7 @@ def run(args: Namespace) -> int:
         max_line_bytes=args.max_line_bytes,
         max_gzip_ratio=args.max_gzip_ratio,
     )
-    with _progress_bar() as progress:
+    with progress_bar() as progress:
         dataset = prepare(
             output=args.output,
             train=args.train,
@@ -104,7 +104,7 @@ def run(args: Namespace) -> int:
 
 
 @contextmanager
-def _progress_bar() -> Generator[Callable[[int, int], None]]:
+def progress_bar() -> Generator[Callable[[int, int], None]]:
     console = Console(stderr=True)
     columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

@@ -84,7 +84,7 @@ def compute_gradient(model: LanguageModel, batch: Batch, state: State, config: R
         else:
             part_balance = linear_in_sums(sums, slope)
         (part_nll + part_balance).backward()
-        nll, part_losses = nll + part_nll.item(), part_losses + float(part_balance)
+        nll, part_losses = nll + part_nll.item(), part_losses + part_balance.item()
         outputs.append((sums, output.state))
     sums = add_sums([pytree.tree_map(torch.Tensor.detach, s) for s, _ in outputs])
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
