@@ -1,5 +1,6 @@
 """The layers that a language model is stacked from; one interface for recurrent, dense and sparse ones."""
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,7 +72,10 @@ class Recurrent(Layer):
     def forward(
         self, x_BSD: Tensor, state: LSTMState | None, mask_BS: Tensor | None, noise: Tensor | None
     ) -> LayerOutput:
-        y_BSD, state = self.lstm(x_BSD, state)
+        with warnings.catch_warnings():
+            # What torch says of a projected LSTM on CPU: that it computes it as it always has.
+            warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
+            y_BSD, state = self.lstm(x_BSD, state)
         return LayerOutput(y_BSD=y_BSD, state=state)
 
     def ops_per_token(self) -> int:

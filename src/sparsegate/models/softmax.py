@@ -34,7 +34,7 @@ class FullSoftmax(nn.Module):
 
         hidden: [..., width]. target: int64 [...].
         """
-        logits_TV = self(hidden).flatten(0, -2)
+        logits_TV = self(hidden).reshape(-1, self.weight.shape[0])
         logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
         return F.cross_entropy(logits_TV, target.flatten(), reduction="none").view_as(target)
 

@@ -1,0 +1,77 @@
+"""The layers that language models are stacked from, against their formulas."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sparsegate.models.layers import Dense, Mixture, Recurrent
+from tests.helpers.model_cases import WIDTH, lstm
+from tests.helpers.moe_cases import NUM_EXPERTS, a_moe, gradients
+from tests.helpers.tolerances import assert_close
+
+
+def some_input():
+    return torch.randn(3, 4, WIDTH, dtype=torch.float64, requires_grad=True)
+
+
+def a_recurrent(*, projection: int, bias: bool) -> Recurrent:
+    units = 9 if projection else WIDTH
+    return Recurrent(width=WIDTH, units=units, projection=projection, bias=bias, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("projection", [0, WIDTH])
+def test_a_recurrent_layer_is_the_recurrence_as_it_reads(projection, bias):
+    layer, x_BSD = a_recurrent(projection=projection, bias=bias), some_input()
+    ours, theirs = layer(x_BSD, None, None, None).y_BSD, lstm(layer.lstm, x_BSD)
+    assert_close(ours, theirs)
+    cotangent = torch.randn_like(ours)
+    of = (x_BSD, *layer.parameters())
+    for our_gradient, their_gradient in zip(
+        gradients((ours * cotangent).sum(), *of), gradients((theirs * cotangent).sum(), *of), strict=True
+    ):
+        assert_close(our_gradient, their_gradient)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("projection", [0, WIDTH])
+def test_biases_are_no_multiply_adds(projection, bias):
+    layer = a_recurrent(projection=projection, bias=bias)
+    units = 9 if projection else WIDTH
+    assert layer.ops_per_token() == 4 * (WIDTH + (projection or units)) * units + units * projection
+
+
+def test_forget_gates_start_open_and_all_other_biases_at_zero():
+    cell = a_recurrent(projection=0, bias=True).lstm
+    total = cell.bias_ih_l0 + cell.bias_hh_l0
+    assert total.tolist() == [0.0] * WIDTH + [1.0] * WIDTH + [0.0] * 2 * WIDTH
+
+
+def test_a_mixture_is_the_sigmoid_of_the_layer():
+    moe, x_BSD = a_moe(), some_input()
+    noise = torch.randn(3, 4, NUM_EXPERTS, dtype=torch.float64)
+    mask_BS = torch.rand(3, 4) < 0.7
+    out = Mixture(moe)(x_BSD, None, mask_BS, noise)
+    y, routing = moe(x_BSD, mask_BS, noise)
+    assert_close(out.y_BSD, 1 / (1 + (-y).exp()))
+    assert (out.y_BSD[~mask_BS] == 0.5).all()
+    assert torch.equal(out.routing.expert_N, routing.expert_N)
+    assert out.state is None
+    assert Mixture(moe).ops_per_token() == moe.ops_per_token()
+
+
+def test_a_dense_layer_is_the_sigmoid_of_a_stack_of_relu_layers():
+    layer, x_BSD = Dense(width=WIDTH, hidden=(5, 3), dtype=torch.float64), some_input()
+    first, second, last = (linear.weight for linear in layer.linears)
+    ours = layer(x_BSD, None, None, None)
+    theirs = torch.sigmoid(F.relu(F.relu(x_BSD @ first.T) @ second.T) @ last.T)
+    assert_close(ours.y_BSD, theirs)
+    assert ours.routing is None
+    assert ours.state is None
+    assert layer.ops_per_token() == WIDTH * 5 + 5 * 3 + 3 * WIDTH
+
+
+def test_a_dense_layer_keeps_the_size_of_activations_at_the_start():
+    layer = Dense(width=64, hidden=(256, 256))
+    y = layer(torch.randn(5, 100, 64), None, None, None).y_BSD
+    assert abs(float(torch.logit(y).detach().std()) - 1) < 0.1
