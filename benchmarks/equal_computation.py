@@ -2,8 +2,9 @@
 
     python -m benchmarks.equal_computation --data DIR --out RUNS --steps 2000 --search-steps 500
 
-For each model: a search over learning rates without dropout, then over dropouts at the best learning rate, each
-trial judged on the validation split; then one run for each seed with what was best, reported on the test split.
+For each model: a search over learning rates without dropout, then over dropouts at the best learning rate,
+each trial judged on the validation split; then one run for each seed with what was best, reported on the test
+split.
 All models see the same batches. Everything is a run folder and is resumed when the command is given again;
 `RUNS/results.json` and the printed table hold what is finished so far.
 """
@@ -132,7 +133,9 @@ def table(results: list[dict[str, Any]]) -> str:
         "parameters (M)": lambda row: f"{row['parameters_without_embedding_and_softmax'] / 1e6:.2f}",
         "learning rate": lambda row: f"{row['learning_rate']:g}",
         "dropout": lambda row: f"{row['dropout']:g}",
-        "test perplexity by seed": lambda row: ", ".join(f"{run['test_perplexity']:.2f}" for run in row["runs"]),
+        "test perplexity by seed": lambda row: ", ".join(
+            f"{run['test_perplexity']:.2f}" for run in row["runs"]
+        ),
         "per word": lambda row: f"{_mean(row, 'test_word_perplexity'):.1f}",
         "bits per byte": lambda row: f"{_mean(row, 'test_bits_per_byte'):.3f}",
         "words seen (M)": lambda row: f"{_mean(row, 'words') / 1e6:.2f}",

@@ -1,0 +1,84 @@
+"""Tokens per second of training: a mixture against the dense model of equal multiply-adds.
+
+    python -m benchmarks.training_speed
+
+Whole steps (forward, backward, clipping, Adam) of two recipes on the same random text, in turn in one process.
+Before anything is timed, the loss must be the one of an untrained model. rate: the second recipe's time per step
+over the first's.
+"""
+
+import argparse
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from benchmarks.measuring import markdown, median_ratio, seconds, store
+from sparsegate.data import Batch
+from sparsegate.recipes.registry import recipe
+from sparsegate.training.loop import make_state
+from sparsegate.training.step import apply_gradient, compute_gradient
+
+
+def main() -> None:
+    args = _arguments()
+    torch.set_num_threads(args.threads)
+    rows = []
+    for name in args.models:
+        steps = {name: stepper(name, args), args.baseline: stepper(args.baseline, args)}
+        times = seconds(steps, repeats=args.repeats)
+        tokens = args.batch_size * args.num_steps
+        rows.append(
+            {
+                "model": name,
+                "tokens/s": tokens / statistics.median(times[name]),
+                "baseline": args.baseline,
+                "baseline tokens/s": tokens / statistics.median(times[args.baseline]),
+                "rate": median_ratio(times[args.baseline], times[name]),
+            }
+        )
+    print(markdown(rows))
+    print(store("training_speed", rows))
+
+
+def stepper(name: str, args: argparse.Namespace) -> Callable[[], None]:
+    """A function that trains a fresh model of the recipe for one step."""
+    config = recipe(name)
+    config = replace(config, model=replace(config.model, vocab_size=args.vocabulary))
+    state = make_state(config)
+    text_BS = torch.randint(args.vocabulary, (args.batch_size, args.num_steps + 1))
+    batch = Batch(
+        input_BS=text_BS[:, :-1],
+        target_BS=text_BS[:, 1:],
+        mask_BS=torch.ones_like(text_BS[:, 1:], dtype=torch.bool),
+        carries_state=False,
+        index=0,
+    )
+    untrained = compute_gradient(state.model, batch, {}, config)
+    assert abs(untrained.nll - math.log(args.vocabulary)) < 1.5, untrained.nll
+
+    def step() -> None:
+        gradient = compute_gradient(state.model, batch, {}, config)
+        apply_gradient(state.model, state.optimizer, gradient, learning_rate=1e-3, clip_norm=1.0)
+
+    return step
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", default=["moe-32", "moe-256"])
+    parser.add_argument("--baseline", default="4xlstm-512")
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--num-steps", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
