@@ -62,7 +62,7 @@ def test_a_mixture_is_the_sigmoid_of_the_layer():
 
 def test_a_dense_layer_is_the_sigmoid_of_a_stack_of_relu_layers():
     layer, x_BSD = Dense(width=WIDTH, hidden=(5, 3), dtype=torch.float64), some_input()
-    first, second, last = (linear.weight for linear in layer.linears)
+    first, second, last = layer.weights
     ours = layer(x_BSD, None, None, None)
     theirs = torch.sigmoid(F.relu(F.relu(x_BSD @ first.T) @ second.T) @ last.T)
     assert_close(ours.y_BSD, theirs)

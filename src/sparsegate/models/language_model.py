@@ -1,7 +1,8 @@
 """The language model: embedding, residual layers, softmax (section 5.1 and appendix C of the paper)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ class LanguageModel(nn.Module):
         x_BSD = self.dropout(self.embedding(input_BS))
         new_state: State = {}
         routings: dict[str, Routing] = {}
-        for name, layer in self.layers.items():
+        for name, layer in self.named_layers():
             out = layer(x_BSD, (state or {}).get(name), mask_BS, (noise or {}).get(name))
             x_BSD = x_BSD + self.dropout(out.y_BSD)
             if out.state is not None:
@@ -77,10 +78,14 @@ class LanguageModel(nn.Module):
                 routings[name] = out.routing
         return LanguageModelOutput(hidden_BSD=x_BSD, state=new_state, routings=routings)
 
+    def named_layers(self) -> Iterable[tuple[str, Layer]]:
+        """The layers between embedding and softmax, in order."""
+        return cast(Iterable[tuple[str, Layer]], self.layers.items())
+
     def noise_widths(self) -> dict[str, int]:
         """Standard normal draws per token that each layer's gate uses in training, by layer name."""
-        return {name: layer.noise_width for name, layer in self.layers.items() if layer.noise_width}
+        return {name: layer.noise_width for name, layer in self.named_layers() if layer.noise_width}
 
     def ops_per_token(self) -> int:
         """Multiply-adds per token without the softmax: the "ops/timestep" of the paper's tables 7 and 8."""
-        return sum(layer.ops_per_token() for layer in self.layers.values())
+        return sum(layer.ops_per_token() for _, layer in self.named_layers())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..moe.layer import MoE
@@ -63,11 +64,12 @@ class Recurrent(Layer):
         """Uniform within 1/sqrt(units) as torch does; biases, where there are any, 0 and 1 (forget gates)."""
         self.lstm.reset_parameters()
         units = self.lstm.hidden_size
-        if self.lstm.bias:
-            with torch.no_grad():
-                self.lstm.bias_hh_l0.zero_()
-                self.lstm.bias_ih_l0.zero_()
-                self.lstm.bias_ih_l0[units : 2 * units] = 1.0
+        with torch.no_grad():
+            for name, parameter in self.lstm.named_parameters():
+                if name.startswith("bias"):
+                    parameter.zero_()
+                if name.startswith("bias_ih"):
+                    parameter[units : 2 * units] = 1.0
 
     def forward(
         self, x_BSD: Tensor, state: LSTMState | None, mask_BS: Tensor | None, noise: Tensor | None
@@ -113,26 +115,26 @@ class Dense(Layer):
     ) -> None:
         super().__init__()
         widths = [width, *hidden, width]
-        self.linears = nn.ModuleList(
-            nn.Linear(i, o, bias=False, device=device, dtype=dtype) for i, o in pairwise(widths)
+        self.weights = nn.ParameterList(
+            torch.empty(outputs, inputs, device=device, dtype=dtype) for inputs, outputs in pairwise(widths)
         )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """As the experts': normal, variance 2/fan_in before a ReLU and 1/fan_in for the last layer."""
-        *before_relu, last = self.linears
-        for linear in before_relu:
-            nn.init.normal_(linear.weight, std=(2 / linear.in_features) ** 0.5)
-        nn.init.normal_(last.weight, std=last.in_features**-0.5)
+        *before_relu, last = self.weights
+        for weight in before_relu:
+            nn.init.normal_(weight, std=(2 / weight.shape[1]) ** 0.5)
+        nn.init.normal_(last, std=last.shape[1] ** -0.5)
 
     def forward(
         self, x_BSD: Tensor, state: LSTMState | None, mask_BS: Tensor | None, noise: Tensor | None
     ) -> LayerOutput:
-        *before_relu, last = self.linears
+        *before_relu, last = self.weights
         y = x_BSD
-        for linear in before_relu:
-            y = linear(y).relu()
-        return LayerOutput(y_BSD=last(y).sigmoid())
+        for weight in before_relu:
+            y = F.linear(y, weight).relu()
+        return LayerOutput(y_BSD=F.linear(y, last).sigmoid())
 
     def ops_per_token(self) -> int:
-        return sum(linear.weight.numel() for linear in self.linears)
+        return sum(weight.numel() for weight in self.weights)

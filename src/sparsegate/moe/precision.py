@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def autocast_off(device: torch.device) -> AbstractContextManager[None]:
+def autocast_off(device: torch.device) -> AbstractContextManager[object]:
     """Compute in the dtypes that the tensors have. The meta device knows no autocast: nothing to leave."""
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()

@@ -107,6 +107,10 @@ def _register(cls: type, tensor_fields: tuple[str, ...], static_fields: tuple[st
             **dict(zip(tensor_fields, tensors, strict=True)), **dict(zip(static_fields, static, strict=True))
         )
 
+    def flatten_with_keys(value: Any) -> tuple[list[tuple[Any, Any]], tuple[int, ...]]:
+        values, static = flatten(value)
+        return [(pytree.GetAttrKey(f), v) for f, v in zip(tensor_fields, values, strict=True)], static
+
     pytree.register_pytree_node(
         cls,
         flatten,
@@ -114,10 +118,7 @@ def _register(cls: type, tensor_fields: tuple[str, ...], static_fields: tuple[st
         serialized_type_name=f"sparsegate.{cls.__name__}",
         to_dumpable_context=list,
         from_dumpable_context=tuple,
-        flatten_with_keys_fn=lambda value: (
-            [(pytree.GetAttrKey(f), getattr(value, f)) for f in tensor_fields],
-            tuple(getattr(value, f) for f in static_fields),
-        ),
+        flatten_with_keys_fn=flatten_with_keys,
     )
 
 

@@ -1,7 +1,7 @@
 """A small search: every pair of some learning rates and dropouts, each a run of its own that can be resumed."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from rich.console import Console
 
 from ..training.config import RunConfig
 from ..training.loop import train
+from ..training.overrides import to_json
 from ..training.storage import write_json_atomically
 
 
@@ -59,5 +60,5 @@ def search(
         )
         on_trial(trials[-1])
         trials.sort(key=lambda trial: trial.valid_nll)
-        write_json_atomically(folder / "search.json", [asdict(trial) for trial in trials])
+        write_json_atomically(folder / "search.json", [dict(to_json(trial)) for trial in trials])
     return trials

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..models import LanguageModel
 
 from .checkpoint import Checkpoint, save_checkpoint
+from .overrides import from_json
 
 
 @dataclass(kw_only=True)
@@ -66,7 +67,7 @@ class TrainState:
         carried = checkpoint.tensors["state"]
         names = dict.fromkeys(name.rpartition(".")[0] for name in carried)
         self.carried = {n: (carried[f"{n}.h"].to(device), carried[f"{n}.c"].to(device)) for n in names}
-        self.progress = Progress(**checkpoint.state)
+        self.progress = from_json(Progress, checkpoint.state)
 
 
 def load_weights(model: torch.nn.Module, tensors: dict[str, Tensor], *, where: str) -> None:

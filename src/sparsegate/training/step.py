@@ -173,7 +173,11 @@ def _micro_batches(
         first, end = int(rows[0]), int(rows[-1]) + 1
         input_BS = batch.input_BS[first:end].to(device)
         noise = gate_noise(
-            widths, seed=config.seed, batch_index=batch.index, first_row=first, shape_BS=tuple(input_BS.shape)
+            widths,
+            seed=config.seed,
+            batch_index=batch.index,
+            first_row=first,
+            shape_BS=(end - first, input_BS.shape[1]),
         )
         yield _MicroBatch(
             input_BS=input_BS,

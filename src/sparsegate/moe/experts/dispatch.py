@@ -73,8 +73,8 @@ class _Gather(torch.autograd.Function):
         ctx.save_for_backward(token_N, row_N)
 
     @staticmethod
-    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Any, ...]:
-        return _Sum.apply(grad_ND, *ctx.saved_tensors, ctx.pairs_per_token), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return _Sum.apply(*grads, *ctx.saved_tensors, ctx.pairs_per_token), None, None, None
 
 
 class _Sum(torch.autograd.Function):
@@ -93,8 +93,8 @@ class _Sum(torch.autograd.Function):
         ctx.save_for_backward(token_N, row_N)
 
     @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Any, ...]:
-        return _Gather.apply(grad_TD, *ctx.saved_tensors, ctx.pairs_per_token), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return _Gather.apply(*grads, *ctx.saved_tensors, ctx.pairs_per_token), None, None, None
 
 
 class _Permute(torch.autograd.Function):
@@ -111,6 +111,6 @@ class _Permute(torch.autograd.Function):
         ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         order_N, inverse_N = ctx.saved_tensors
-        return _Permute.apply(grad_ND, inverse_N, order_N), None, None
+        return _Permute.apply(*grads, inverse_N, order_N), None, None

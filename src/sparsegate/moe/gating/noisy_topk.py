@@ -60,17 +60,16 @@ class NoisyTopK(Gate):
         with autocast_off(x_TD.device):
             x_TD = without_padding(x_TD, mask_T).to(gate_dtype(x_TD, self.w_gate))
             clean_TE = x_TD @ self.w_gate.to(x_TD.dtype)
+            std_TE, noisy_TE = None, clean_TE
             if self.training:
                 std_TE = F.softplus(x_TD @ self.w_noise.to(x_TD.dtype)) + self.noise_epsilon
                 noise_TE = torch.randn_like(clean_TE) if noise is None else noise.to(x_TD.dtype)
                 noisy_TE = clean_TE + noise_TE * std_TE
-            else:
-                noisy_TE = clean_TE
             # One value more than is kept: the load estimate needs the best value that is left out.
             top_TK1, expert_TK1 = noisy_TE.topk(min(k + 1, self.num_experts), dim=-1)
             expert_TK = expert_TK1[:, :k]
             load_E = None
-            if self.training and k < self.num_experts:
+            if std_TE is not None and k < self.num_experts:
                 p_TE = probability_in_topk(clean_TE, std_TE, top_TK1, expert_TK)
                 load_E = (p_TE if mask_T is None else p_TE.masked_fill(~mask_T[:, None], 0.0)).sum(dim=0)
             return Routing.of_token_choice(
