@@ -2,9 +2,9 @@
 
     python -m benchmarks.training_speed
 
-Whole steps (forward, backward, clipping, Adam) of two recipes on the same random text, in turn in one process.
-Before anything is timed, the loss must be the one of an untrained model. rate: the second recipe's time per step
-over the first's.
+Whole steps (forward, backward, clipping, Adam) of two recipes on the same random text, in turn in one
+process. Before anything is timed, the loss must be the one of an untrained model. rate: the second recipe's
+time per step over the first's.
 """
 
 import argparse
