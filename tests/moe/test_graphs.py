@@ -67,23 +67,26 @@ def test_every_gate_compiles_to_one_graph(name):
         assert_close(compiled(x_TD, None, noise)[0], moe(x_TD, None, noise)[0])
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_the_layer_exports_with_any_number_of_tokens_and_gives_back_a_routing(training):
+@pytest.mark.parametrize(("training", "num_inputs"), [(True, 3), (False, 1)], ids=["train", "eval"])
+def test_the_layer_exports_with_any_number_of_tokens_and_gives_back_a_routing(training, num_inputs):
+    def inputs(num_tokens):
+        """x alone, or with a mask and noise."""
+        batch, mask_T = a_batch(num_tokens, dtype=torch.float32), torch.rand(num_tokens) < 0.7
+        return (batch.x_TD.detach(), mask_T, batch.noise_TE)[:num_inputs]
+
     moe = a_moe(dtype=torch.float32).train(training)
     tokens = torch.export.Dim("tokens", min=2)
-    exported = torch.export.export(
-        moe,
-        (torch.randn(6, WIDTH), torch.ones(6, dtype=torch.bool), torch.randn(6, NUM_EXPERTS)),
-        dynamic_shapes=({0: tokens}, {0: tokens}, {0: tokens}),
-    ).module()
+    dynamic = ({0: tokens},) * num_inputs
+    exported = torch.export.export(moe, inputs(6), dynamic_shapes=dynamic).module()
     for num_tokens in (2, 6, 11):
-        batch, mask_T = a_batch(num_tokens, dtype=torch.float32), torch.rand(num_tokens) < 0.7
-        y_TD, routing = exported(batch.x_TD, mask_T, batch.noise_TE)
-        expected_TD, expected = moe(batch.x_TD, mask_T, batch.noise_TE)
+        given = inputs(num_tokens)
+        y_TD, routing = exported(*given)
+        expected_TD, expected = moe(*given)
         assert_close(y_TD, expected_TD)
         assert isinstance(routing, Routing)
         assert (routing.num_experts, routing.pairs_per_token) == (NUM_EXPERTS, 2)
         assert torch.equal(routing.expert_N, expected.expert_N)
+        assert torch.equal(routing.sums.num_tokens, expected.sums.num_tokens)
         assert_close(routing.sums.load_E, expected.sums.load_E)
 
 
