@@ -4,8 +4,8 @@
 
 Width 512, hidden 1024, k = 4, 4,096 tokens, float32, all gradients, noisy gate and both balance losses
 included. The dense layer has the same 4,096 rows and hidden 4 * 1024, in the same process. The output is
-first compared with the formula of eq. 1; then the two are timed in turn. rate: the dense layer's time over the
-mixture's.
+first compared with the formula of eq. 1; then the two are timed in turn. rate: the dense layer's time over
+the mixture's.
 """
 
 import argparse

@@ -48,10 +48,13 @@ def dispatch(x_TD: Tensor, plan: Plan) -> Tensor:
 def combine(rows_ND: Tensor, plan: Plan, weight_N: Tensor) -> Tensor:
     """Sum each token's rows, multiplied by the gate's weights, in the wider dtype of the two: y_TD.
 
-    The sum over a token's K pairs runs over a [T, K, D] view, in the order of the pairs: it is deterministic.
+    Rows are put back in the order of the pairs first. The sum is then one product for each token, over its K
+    pairs: it is deterministic, and no weighted copy of the rows is made.
     """
-    weighted_ND = rows_ND * _Permute.apply(weight_N[:, None], plan.order_N, plan.row_N)
-    return _Sum.apply(weighted_ND, plan.token_N, plan.row_N, plan.pairs_per_token)
+    dtype = torch.promote_types(rows_ND.dtype, weight_N.dtype)
+    pairs_ND = _Permute.apply(rows_ND, plan.row_N, plan.order_N).to(dtype)
+    weight_T1K = weight_N.to(dtype).unflatten(0, (-1, 1, plan.pairs_per_token))
+    return torch.bmm(weight_T1K, pairs_ND.unflatten(0, (-1, plan.pairs_per_token))).squeeze(1)
 
 
 class _Gather(torch.autograd.Function):

@@ -44,5 +44,5 @@ class FeedForward(RowExperts):
         return self.w_in[0].numel() + self.w_out[0].numel()
 
     def compute_rows(self, rows_ND: Tensor, end_E: Tensor) -> Tensor:
-        hidden_NH = grouped_product(rows_ND, self.w_in, end_E).relu()
+        hidden_NH = grouped_product(rows_ND, self.w_in, end_E).relu_()
         return grouped_product(hidden_NH, self.w_out, end_E)
