@@ -149,7 +149,7 @@ def test_logits_that_are_not_finite_are_refused(bad):
         *[("top_k", value) for value in (0, -5)],
         *[("top_p", value) for value in (0.0, -1.0, 1.1, math.nan)],
         *[("seed", value) for value in (-1, 1 << 63)],
-        *[("stop", value) for value in (("",), ("x" * 1001,), ("x",) * 65)],
+        *[("stop", value) for value in ("END", ("",), ("x" * 1001,), ("x",) * 65)],
     ],
 )
 def test_an_option_out_of_range_is_refused_by_name(name, value):

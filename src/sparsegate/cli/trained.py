@@ -10,7 +10,7 @@ from ..recipes.load import LanguageRun, load
 from .verb import Parser
 
 _READ_BYTES = 1 << 20
-_MAX_LINE_BYTES = 16 << 20
+_MAX_LINE_BYTES = 4 << 20
 
 
 def add_run(parser: Parser) -> None:

@@ -1,5 +1,6 @@
 """Which token comes next: greedy, or drawn from the probabilities with temperature, top-k and top-p."""
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +22,13 @@ _MAX_STOP_LENGTH = 1000
 class Sampling:
     """How a text goes on, and when it ends.
 
-    max_tokens: end after this many tokens. temperature: the logits are divided by it, so that below 1 the
-    probable is favoured; 0 takes the most probable. top_k: draw from the k most probable tokens. None: from
-    all. top_p: of these, draw from the fewest most probable whose probabilities add up to p. None: from
-    all. stop: end before any of these texts; the end of a sentence is the text of a line feed. seed: of the
-    draws. Each prompt has its own, which depend on the seed and the prompt's number alone. allow_unknown:
-    whether `<unk>` may be written.
+    max_tokens: end after this many tokens.
+    temperature: the logits are divided by it; below 1 favours the probable, 0 takes the most probable token.
+    top_k: draw from the k most probable tokens. None: from all.
+    top_p: of these, draw from the fewest most probable whose probabilities add up to p. None: from all.
+    stop: end before any of these texts; the end of a sentence is the text of a line feed.
+    seed: of the draws. Each prompt has its own, which depend on the seed and the prompt's number alone.
+    allow_unknown: whether `<unk>` may be written.
     """
 
     max_tokens: int = 100
@@ -46,9 +48,13 @@ class Sampling:
         _require("top_k", self.top_k, self.top_k is None or self.top_k >= 1, "at least 1")
         _require("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1")
         _require("seed", self.seed, 0 <= self.seed < 1 << 63, "from 0 to 2**63 - 1")
-        fits = len(self.stop) <= _MAX_STOPS and all(1 <= len(text) <= _MAX_STOP_LENGTH for text in self.stop)
-        what = f"at most {_MAX_STOPS} texts of 1 to {_MAX_STOP_LENGTH:,} characters"
-        _require("stop", f"{len(self.stop)} texts", fits, what)
+        fits = (
+            not isinstance(self.stop, str)
+            and len(self.stop) <= _MAX_STOPS
+            and all(1 <= len(text) <= _MAX_STOP_LENGTH for text in self.stop)
+        )
+        what = f"a tuple of at most {_MAX_STOPS} texts of 1 to {_MAX_STOP_LENGTH:,} characters"
+        _require("stop", reprlib.repr(self.stop), fits, what)
 
 
 def restrict(
