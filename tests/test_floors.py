@@ -51,7 +51,7 @@ def violations(package: Path) -> Iterator[str]:
 
 
 def imported_modules(source: str, *, package: str) -> Iterator[str]:
-    """Absolute names of all modules that a source imports, at whatever depth; `package` is where it stands."""
+    """Absolute names of all modules that a source imports, at any depth; `package` is where it stands."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

@@ -13,8 +13,9 @@ from .train import config
 from .verb import Parser, Verb
 
 EXAMPLE = """
-sparsegate search small-moe-32 --data datasets/book --out runs/search --learning-rates 2e-3 4e-3 8e-3 --dropouts 0 0.1
-sparsegate search small-moe-32 --data datasets/book --out runs/short --learning-rates 2e-3 4e-3 --training.steps 500
+sparsegate search small-moe-32 --data datasets/book --out runs/search --learning-rates 2e-3 4e-3 8e-3
+--dropouts 0 0.1 sparsegate search small-moe-32 --data datasets/book --out runs/short --learning-rates 2e-3
+4e-3 --training.steps 500
 """
 
 
@@ -37,7 +38,8 @@ def run(args: Namespace) -> int:
         dropouts=args.dropouts or [args.config.model.dropout],
         console=console if console.is_terminal else None,
         on_trial=lambda t: console.print(
-            f"learning rate {t.learning_rate:g}, dropout {t.dropout:g}: validation perplexity {math.exp(t.valid_nll):.2f}"
+            f"learning rate {t.learning_rate:g}, dropout {t.dropout:g}: "
+            f"validation perplexity {math.exp(t.valid_nll):.2f}"
         ),
     )
     table = Table(title=f"{args.name}, best first", title_justify="left")

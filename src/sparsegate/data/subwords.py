@@ -12,6 +12,7 @@ from .normalization import Normalization, normalize
 from .vocabulary import Vocabulary, check_ids, check_lines
 
 NUM_BYTES = 256
+MAX_WORD_BYTES = 128
 
 
 def byte_alphabet() -> list[str]:
@@ -144,7 +145,10 @@ class ByteVocabulary(Vocabulary):
 
 def _byte_level(model: models.BPE) -> Tokenizer:
     tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    # The time to learn from a word grows with the square of its length: one of a megabyte would take minutes.
+    pieces = pre_tokenizers.FixedLength(length=MAX_WORD_BYTES)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pieces])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 

@@ -53,7 +53,7 @@ def count_words(batches: Iterable[list[str]], normalization: Normalization) -> C
     count: Counter[str] = Counter()
     for lines in batches:
         words = normalization.words("\n".join((*lines, "")))
-        if max(map(len, words)) > MAX_WORD_LENGTH:
+        if max(map(len, words), default=0) > MAX_WORD_LENGTH:
             words = [word if len(word) <= MAX_WORD_LENGTH else UNKNOWN for word in words]
         count.update(words)
     return count

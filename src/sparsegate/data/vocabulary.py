@@ -93,8 +93,15 @@ def check_ids(ids: Iterable[int], size: int) -> list[int]:
 
 
 def check_lines(lines: Sequence[str]) -> None:
-    """Our own invariant: every line is one line."""
-    assert not any("\n" in line for line in lines), "a line holds a line feed"
+    """ValueError for a lone surrogate, which is no text. That each line is one is our own invariant."""
+    for line in lines:
+        assert "\n" not in line, "a line holds a line feed"
+        if not line.isascii():
+            try:
+                line.encode()
+            except UnicodeEncodeError as error:
+                bad = f"a lone surrogate, U+{ord(line[error.start]):04X}, at character {error.start + 1}"
+                raise ValueError(f"the text is not Unicode: {bad}; read it as UTF-8") from None
 
 
 def token_dtype(size: int) -> np.dtype[Any]:

@@ -2,7 +2,7 @@
 
 
 def warmup_then_inverse_sqrt(*, step: int, peak: float, warmup_steps: int) -> float:
-    """The paper's schedule (appendix C.1): linear up to `peak` at step `warmup_steps`, then proportional to 1/sqrt.
+    """The paper's schedule (appendix C.1): linear to `peak` at step `warmup_steps`, then as 1/sqrt(step).
 
     step: counts from 1, the first update.
 

@@ -1,8 +1,8 @@
 """The language models of the paper's tables 6 and 7, as the paper states them (section 5.1, appendix C).
 
-The paper leaves open the learning rate, Adam's constants, gradient clipping, the length at which sentences are cut
-and the initialisers. These are choices of this project and stand in `training/config.py` and in the layers; the
-learning rate is worth a search (`sparsegate search`) on any dataset.
+The paper leaves open the learning rate, Adam's constants, gradient clipping, the length at which sentences
+are cut and the initialisers. These are choices of this project and stand in `training/config.py` and in the
+layers; the learning rate is worth a search (`sparsegate search`) on any dataset.
 """
 
 from ..models import FeedForwardLM, LanguageModelConfig, MixtureLM, RecurrentLM

@@ -1,4 +1,4 @@
-"""The quickstart: a small mixture of experts against the dense model of equal cost, on Python's own sources."""
+"""The quickstart: a small mixture against the dense model of equal cost, on Python's own sources."""
 
 import statistics
 from collections.abc import Callable

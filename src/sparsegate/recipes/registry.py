@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 from ..training.config import RunConfig
 from ..training.overrides import did_you_mean
-
 from . import paper, small
 
 _FUNCTIONS: tuple[Callable[[], RunConfig], ...] = (

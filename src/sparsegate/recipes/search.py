@@ -1,4 +1,4 @@
-"""A small search: every pair of some learning rates and dropouts, each a run of its own that can be resumed."""
+"""A small search: every pair of some learning rates and dropouts, each a run that can be resumed."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

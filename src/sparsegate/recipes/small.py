@@ -1,7 +1,8 @@
 """The paper's models at a quarter of their width: each trains on two CPU cores in minutes.
 
-Widths are 128 for 512, 256 for 1024 and so on, so that all of them have the same multiply-adds per word as each
-other, as the paper's have. Unlike those they have biases in the LSTMs and read text as continuous streams.
+Widths are 128 for 512, 256 for 1024 and so on, so that all of them have the same multiply-adds per word as
+each other, as the paper's have. Unlike those they have biases in the LSTMs and read text as continuous
+streams.
 """
 
 from typing import Any

@@ -66,7 +66,7 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Adam with a linear warm-up and then 1/sqrt(step). The paper states the schedule and leaves the rest open."""
+    """Adam, a linear warm-up, then 1/sqrt(step). The paper states the schedule and leaves the rest open."""
 
     learning_rate: float = option("at the end of the warm-up, its greatest value", 1e-3)
     warmup_steps: int = option("steps of linear warm-up", 1000)
@@ -93,8 +93,8 @@ class TrainingConfig:
         "parts of a batch that go through the model one after the other, to save memory", 1
     )
     balance: Literal["batch", "micro_batch"] = option(
-        "what the balance losses are computed over: the whole batch, exactly, at the cost of a second forward pass "
-        "when there are several micro-batches; or each micro-batch by itself, a stricter loss",
+        "what the balance losses are computed over: the whole batch, exactly, at the cost of a second forward "
+        "pass when there are several micro-batches; or each micro-batch by itself, a stricter loss",
         "batch",
     )
     precision: Literal["float32", "bfloat16"] = option(

@@ -11,7 +11,6 @@ from ..data import ContinuousBatches, Dataset, SentenceBatches
 from ..evaluation.perplexity import Evaluation, evaluate
 from ..models import LanguageModel, build
 from ..optim.schedule import warmup_then_inverse_sqrt
-
 from .checkpoint import checkpoint_name, latest_checkpoint, load_checkpoint
 from .config import ContinuousConfig, RunConfig
 from .lock import run_lock
@@ -38,11 +37,11 @@ def train(
 ) -> TrainResult:
     """Train the model of a configuration on its dataset, into a folder.
 
-    resume: go on from the newest complete checkpoint of the folder, or start if it has none. On a CPU the run then
-    ends bit for bit as if it had never stopped. console: where progress is shown; None: nowhere.
+    resume: go on from the newest complete checkpoint of the folder, or start if it has none. On a CPU the run
+    then ends bit for bit as if it had never stopped. console: where progress is shown; None: nowhere.
 
-    Raises ValueError and OSError for what the user can mend, CannotSave when a checkpoint cannot be written, and
-    NonFinite after `training.max_nonfinite` non-finite batches in a row.
+    Raises ValueError and OSError for what the user can mend, CannotSave when a checkpoint cannot be written,
+    and NonFinite after `training.max_nonfinite` non-finite batches in a row.
     """
     dataset = Dataset.open(Path(config.data))
     folder.mkdir(parents=True, exist_ok=True)
@@ -150,9 +149,10 @@ class Run:
         )
         if progress.skipped_in_a_row >= self.config.training.max_nonfinite:
             raise NonFinite(
-                f"loss or gradient was not finite in {progress.skipped_in_a_row} batches in a row, the last of them "
-                f"batch {batch_index} (step {progress.step}, loss {gradient.nll}, gradient norm {gradient.norm}); "
-                f"lower optim.learning-rate ({self.config.optim.learning_rate}); the last checkpoint is intact"
+                f"loss or gradient was not finite in {progress.skipped_in_a_row} batches in a row, the last of "
+                f"them batch {batch_index} (step {progress.step}, loss {gradient.nll}, gradient norm "
+                f"{gradient.norm}); lower optim.learning-rate ({self.config.optim.learning_rate}); the last "
+                "checkpoint is intact"
             )
 
     def _due(self, every: int) -> bool:
@@ -238,7 +238,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def freeze(model: LanguageModel, patterns: tuple[str, ...]) -> None:
-    """Leave parameters whose names match as they are. ValueError for a pattern that matches none, or if all match."""
+    """Leave parameters whose names match as they are. ValueError where a pattern matches none, or all match."""
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
         if not any(fnmatch(name, pattern) for name in names):

@@ -17,8 +17,9 @@ def gate_noise(
 ) -> dict[str, Tensor]:
     """Standard normal draws for each gate, by layer name: [B, S, noise_width], float32, on the CPU.
 
-    Each row has a generator of its own, so that a token gets the same draw however the rows of a batch are split
-    over micro-batches or ranks, and whenever the pass is repeated. first_row: index in the batch of the first row.
+    Each row has a generator of its own, so that a token gets the same draw however the rows of a batch are
+    split over micro-batches or ranks, and whenever the pass is repeated. first_row: index in the batch of the
+    first row.
     """
     num_rows, num_steps = shape_BS
     noise = {name: torch.empty(num_rows, num_steps, width) for name, width in noise_widths.items()}

@@ -5,7 +5,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from ..data import Dataset, save_vocabulary
-
 from .config import RunConfig
 from .overrides import read_config, to_json
 from .storage import read_json, write_json_atomically
@@ -39,8 +38,8 @@ def read_run_config(folder: Path) -> RunConfig:
 def open_run_folder(folder: Path, config: RunConfig, dataset: Dataset, *, resume: bool) -> RunConfig:
     """Make the folder a run's, or check that it is the one to go on with; return the configuration as saved.
 
-    The dataset's vocabulary size and fingerprint are filled in. ValueError: the folder holds something else, or a
-    run that was made with another model, seed, dataset or recipe.
+    The dataset's vocabulary size and fingerprint are filled in. ValueError: the folder holds something else,
+    or a run that was made with another model, seed, dataset or recipe.
     """
     config = replace(
         config,

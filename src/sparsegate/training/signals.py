@@ -10,7 +10,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], str]]:
-    """Within the block, the yielded function tells the name of the signal that came, or "" as long as none has."""
+    """Within the block, the yielded function tells the name of the signal that came, or "" before."""
     received: list[str] = []
 
     def handle(number: int, frame: FrameType | None) -> None:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..models import LanguageModel
-
 from .checkpoint import Checkpoint, save_checkpoint
 from .overrides import from_json
 
@@ -17,9 +16,9 @@ from .overrides import from_json
 class Progress:
     """Counters of a run.
 
-    step: updates made. batch_index: next batch; ahead of `step` where batches were skipped. tokens: trained on.
-    skipped: batches with a non-finite loss or gradient. skipped_in_a_row: of these, since the last good one.
-    best_step, best_nll: the best evaluation so far; no evaluation yet: best_step 0.
+    step: updates made. batch_index: next batch; ahead of `step` where batches were skipped. tokens: trained
+    on. skipped: batches with a non-finite loss or gradient. skipped_in_a_row: of these, since the last good
+    one. best_step, best_nll: the best evaluation so far; no evaluation yet: best_step 0.
     """
 
     step: int = 0
@@ -33,7 +32,7 @@ class Progress:
 
 @dataclass(kw_only=True)
 class TrainState:
-    """Model, optimizer, counters, and the recurrent state that continuous text carries from batch to batch."""
+    """Model, optimizer, counters, and the recurrent state that continuous text carries on."""
 
     model: LanguageModel
     optimizer: torch.optim.Optimizer
@@ -71,7 +70,7 @@ class TrainState:
 
 
 def load_weights(model: torch.nn.Module, tensors: dict[str, Tensor], *, where: str) -> None:
-    """Copy named tensors into a model: every parameter, each of its own shape, or ValueError naming the first that fails.
+    """Copy named tensors into a model: every parameter, of its own shape; ValueError names the first that fails.
 
     where: what the tensors came from, for the message.
     """

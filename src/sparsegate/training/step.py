@@ -12,7 +12,6 @@ from ..data import Batch
 from ..models import LanguageModel, LanguageModelOutput
 from ..moe.losses import importance_loss, load_loss
 from ..moe.routing import BalanceSums
-
 from .config import LossConfig, RunConfig
 from .noise import derived_seed, gate_noise
 
@@ -26,10 +25,11 @@ class NonFinite(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Gradient:
-    """What a batch says, before anything is changed; the gradients themselves stand in the parameters' `.grad`.
+    """What a batch says, before anything is changed; the gradients themselves stand in `.grad`.
 
-    nll: mean negative log-likelihood per token, nats. balance: the weighted balance losses. norm: global norm of
-    the gradient before clipping. sums: of the whole batch, by layer. state: what recurrent layers carry on.
+    nll: mean negative log-likelihood per token, nats. balance: the weighted balance losses. norm: global norm
+    of the gradient before clipping. sums: of the whole batch, by layer. state: what recurrent layers carry
+    on.
     """
 
     nll: float
@@ -59,10 +59,10 @@ class _MicroBatch:
 def compute_gradient(model: LanguageModel, batch: Batch, state: State, config: RunConfig) -> Gradient:
     """Leave in `.grad` the gradient of one batch's loss: mean nll per token plus the weighted balance losses.
 
-    Every part is scaled by the token count of the whole batch, so that the gradients of micro-batches simply add
-    up. With several of them and `balance = "batch"` the losses are those of the joined batch, exactly: a first
-    pass without gradients finds the batch's sums, and each part then contributes the derivative of the loss at
-    these sums times its own sums. Nothing but `.grad` changes.
+    Every part is scaled by the token count of the whole batch, so that the gradients of micro-batches simply
+    add up. With several of them and `balance = "batch"` the losses are those of the joined batch, exactly: a
+    first pass without gradients finds the batch's sums, and each part then contributes the derivative of the
+    loss at these sums times its own sums. Nothing but `.grad` changes.
     """
     num_tokens = int(batch.mask_BS.sum())
     parts = list(_micro_batches(model, batch, state, config))
@@ -116,7 +116,7 @@ def apply_gradient(
 
 
 def balance_loss(sums: Mapping[str, BalanceSums], weights: LossConfig) -> Tensor:
-    """The weighted importance and load losses, added over the layers (eq. 7 and 11); 0 without mixture layers."""
+    """The weighted importance and load losses, added over the layers (eq. 7 and 11); 0 without mixtures."""
     losses = [weights.importance * importance_loss(s) + weights.load * load_loss(s) for s in sums.values()]
     return torch.stack(losses).sum() if losses else torch.zeros(())
 
@@ -133,7 +133,7 @@ def balance_slope(total: SumsByLayer, weights: LossConfig) -> list[Tensor | None
 
 
 def linear_in_sums(part: SumsByLayer, slope: list[Tensor | None]) -> Tensor:
-    """The surrogate loss of one part, whose gradient is the part's share of the whole batch's balance gradient."""
+    """The surrogate loss of one part: its gradient is the part's share of the batch's balance gradient."""
     terms = [
         (leaf * leaf_slope).sum()
         for leaf, leaf_slope in zip(pytree.tree_leaves(part), slope, strict=True)
