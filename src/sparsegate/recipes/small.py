@@ -26,14 +26,14 @@ def _run(name: str, model: LanguageModelConfig) -> RunConfig:
 
 
 def _common(units: int = WIDTH, projection: int = 0) -> dict[str, Any]:
-    return dict(
-        vocab_size=VOCABULARY,
-        width=WIDTH,
-        lstm_units=units,
-        lstm_projection=projection,
-        lstm_bias=True,
-        dropout=DROPOUT,
-    )
+    return {
+        "vocab_size": VOCABULARY,
+        "width": WIDTH,
+        "lstm_units": units,
+        "lstm_projection": projection,
+        "lstm_bias": True,
+        "dropout": DROPOUT,
+    }
 
 
 def _mixture(name: str, num_experts: int) -> RunConfig:

@@ -93,8 +93,8 @@ class TrainingConfig:
         "parts of a batch that go through the model one after the other, to save memory", 1
     )
     balance: Literal["batch", "micro_batch"] = option(
-        "what the balance losses are computed over: the whole batch, exactly, at the cost of a second forward "
-        "pass when there are several micro-batches; or each micro-batch by itself, a stricter loss",
+        "what the balance losses are computed over: the whole batch, exactly, at the cost of a second "
+        "forward pass when there are several micro-batches; or each micro-batch by itself, a stricter loss",
         "batch",
     )
     precision: Literal["float32", "bfloat16"] = option(

@@ -103,7 +103,7 @@ class Run:
         self.reporter.event("warning", message=message)
 
     def step(self) -> None:
-        """One batch: an update of the weights, or, where its loss or gradient is not finite, nothing at all."""
+        """One batch: an update of the weights, or nothing where its loss or gradient is not finite."""
         progress = self.state.progress
         while progress.batch_index in self.config.training.skip_batches:
             progress.batch_index += 1
@@ -149,8 +149,8 @@ class Run:
         )
         if progress.skipped_in_a_row >= self.config.training.max_nonfinite:
             raise NonFinite(
-                f"loss or gradient was not finite in {progress.skipped_in_a_row} batches in a row, the last of "
-                f"them batch {batch_index} (step {progress.step}, loss {gradient.nll}, gradient norm "
+                f"loss or gradient was not finite in {progress.skipped_in_a_row} batches in a row, the last "
+                f"of them batch {batch_index} (step {progress.step}, loss {gradient.nll}, gradient norm "
                 f"{gradient.norm}); lower optim.learning-rate ({self.config.optim.learning_rate}); the last "
                 "checkpoint is intact"
             )
@@ -238,7 +238,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def freeze(model: LanguageModel, patterns: tuple[str, ...]) -> None:
-    """Leave parameters whose names match as they are. ValueError where a pattern matches none, or all match."""
+    """Leave parameters whose names match as they are. ValueError where one matches none, or all match."""
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
         if not any(fnmatch(name, pattern) for name in names):

@@ -70,7 +70,7 @@ class TrainState:
 
 
 def load_weights(model: torch.nn.Module, tensors: dict[str, Tensor], *, where: str) -> None:
-    """Copy named tensors into a model: every parameter, of its own shape; ValueError names the first that fails.
+    """Copy named tensors into a model: every parameter, of its own shape; ValueError names the first bad one.
 
     where: what the tensors came from, for the message.
     """
