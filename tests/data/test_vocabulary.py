@@ -1,7 +1,5 @@
 """Laws of every vocabulary."""
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +9,8 @@ from hypothesis import strategies as st
 
 from sparsegate.data import (
     ByteVocabulary,
-    CharacterVocabulary,
     SubwordVocabulary,
     Vocabulary,
-    WordVocabulary,
     load_vocabulary,
     save_vocabulary,
 )
@@ -25,7 +21,13 @@ from sparsegate.data.vocabulary import token_dtype
 from tests.data.making import CURIOUS, lines
 
 TRAINING = [
-    ["def f(x):", "\treturn x + 1  # plus one", "        return x", "the cat sat on the mat", "the cat's </s>"],
+    [
+        "def f(x):",
+        "\treturn x + 1  # plus one",
+        "        return x",
+        "the cat sat on the mat",
+        "the cat's </s>",
+    ],
     ["", CURIOUS, "naïve café naïve", "<unk> the end"],
 ]
 LOSSLESS = [
@@ -37,7 +39,9 @@ LOSSY = [
     train_vocabulary("words", TRAINING, size=8, normalization=TOKENIZED),
     train_vocabulary("characters", TRAINING, size=20, normalization=PLAIN),
 ]
-every_vocabulary = pytest.mark.parametrize("vocabulary", [*LOSSLESS, *LOSSY], ids=lambda v: f"{v.kind}-{v.size}")
+every_vocabulary = pytest.mark.parametrize(
+    "vocabulary", [*LOSSLESS, *LOSSY], ids=lambda v: f"{v.kind}-{v.size}"
+)
 every_lossless = pytest.mark.parametrize("vocabulary", LOSSLESS, ids=lambda v: v.kind)
 
 
@@ -64,7 +68,9 @@ def test_characters_come_back_where_all_are_known(line: str) -> None:
 
 @every_vocabulary
 @given(several=st.lists(st.one_of(lines, st.sampled_from(["</s>", "a </s> b", "<unk>", ""])), max_size=4))
-def test_lines_are_their_ids_and_an_end_that_no_text_encodes_to(vocabulary: Vocabulary, several: list[str]) -> None:
+def test_lines_are_their_ids_and_an_end_that_no_text_encodes_to(
+    vocabulary: Vocabulary, several: list[str]
+) -> None:
     alone = [vocabulary.encode(line) for line in several]
     assert vocabulary.encode_lines(several).tolist() == [
         token for ids in alone for token in (*ids, vocabulary.end_id)
@@ -74,14 +80,11 @@ def test_lines_are_their_ids_and_an_end_that_no_text_encodes_to(vocabulary: Voca
         assert token != vocabulary.end_id
 
 
-@every_vocabulary
 @given(line=lines)
-def test_what_was_decoded_encodes_to_itself(vocabulary: Vocabulary, line: str) -> None:
-    if vocabulary.tokens_are_words and vocabulary.normalization == PLAIN:
-        pytest.skip("a clitic by itself is split again")
-    text = vocabulary.decode(vocabulary.encode(line))
-    if vocabulary.kind != "characters":  # whose unknown is written in several characters
-        assert vocabulary.encode(text) == vocabulary.encode(line)
+def test_tokenized_words_that_were_decoded_encode_to_themselves(line: str) -> None:
+    vocabulary = LOSSY[1]
+    ids = vocabulary.encode(line)
+    assert vocabulary.encode(vocabulary.decode(ids)) == ids
 
 
 @every_vocabulary
@@ -93,20 +96,23 @@ def test_encode_takes_one_line(vocabulary: Vocabulary) -> None:
 @every_vocabulary
 def test_ids_outside_are_refused(vocabulary: Vocabulary) -> None:
     for token in (-1, vocabulary.size):
-        with pytest.raises(ValueError, match=f"token id {token} is outside the vocabulary of {vocabulary.size}"):
+        with pytest.raises(
+            ValueError, match=f"token id {token} is outside the vocabulary of {vocabulary.size}"
+        ):
             vocabulary.decode([token])
 
 
 @every_vocabulary
-@given(line=lines)
-def test_a_saved_vocabulary_is_the_same(vocabulary: Vocabulary, line: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    path = tmp_path_factory.mktemp("vocabulary") / "vocabulary.json"
+def test_a_saved_vocabulary_is_the_same(vocabulary: Vocabulary, tmp_path: Path) -> None:
+    path = tmp_path / "vocabulary.json"
     save_vocabulary(vocabulary, path)
     loaded = load_vocabulary(path)
     assert type(loaded) is type(vocabulary)
     assert loaded.to_json() == vocabulary.to_json()
     assert loaded.fingerprint == vocabulary.fingerprint
-    assert loaded.encode(line) == vocabulary.encode(line)
+    for several in TRAINING:
+        assert np.array_equal(loaded.encode_lines(several), vocabulary.encode_lines(several))
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @every_vocabulary
@@ -115,56 +121,52 @@ def test_a_fingerprint_tells_what_ids_mean_and_nothing_else(vocabulary: Vocabula
     assert [other.fingerprint for other in [*LOSSLESS, *LOSSY]].count(vocabulary.fingerprint) == 1
 
 
-def words_with(**changes: object) -> dict[str, object]:
-    return {
-        "format": 1, "kind": "words", "normalization": "plain-1", "words": ["</s>", "<unk>", "a"], "counts": [1, 2, 3]
-    } | changes  # fmt: skip
+@every_vocabulary
+@pytest.mark.parametrize("line", ["\ud800", "é a\udfffb"])
+def test_lone_surrogates_are_refused(vocabulary: Vocabulary, line: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"a lone surrogate, U\+D(800|FFF), at character [14]; read it as UTF-8"
+    ):
+        vocabulary.encode(line)
+
+
+HEAD = {"format": 1, "normalization": "plain-1"}
+WORDS = {**HEAD, "kind": "words", "words": ["</s>", "<unk>", "a"], "counts": [1, 2, 3]}
+CHARACTERS = {**HEAD, "kind": "characters", "characters": ["</s>", "<unk>", "a"], "counts": [1, 1, 1]}
+SUBWORDS = {**HEAD, "kind": "subwords", "merges": [["a", "b"]]}
 
 
 @pytest.mark.parametrize(
     ("payload", "cause"),
     [
-        (words_with(format=2), "format: Input should be 1"),
-        (words_with(kind="phrases"), "Input tag 'phrases' found using 'kind' does not match"),
-        (words_with(normalization="plain-0"), "normalization 'plain-0' is unknown"),
-        (words_with(words=["<unk>", "</s>", "a"]), "words: must begin with </s> and <unk>"),
-        (words_with(words=["</s>", "<unk>", "a", "a"], counts=[1, 1, 1, 1]), "words: 'a' stands in it 2 times"),
-        (words_with(words=["</s>", "<unk>", "a b"]), "words: 'a b' is not one word"),
-        (words_with(words=["</s>", "<unk>", ""]), "words: '' is not one word"),
-        (words_with(words=["</s>", "<unk>", "\n"]), r"words: '\n' is not one word"),
-        (words_with(words=["</s>", "<unk>", "a" * 129]), "is not one word of at most 128"),
-        (words_with(words=["</s>", "<unk>", 3]), "words.2: Input should be a valid string"),
-        (words_with(counts=[1, 2]), "counts: 2 for 3 words"),
-        (words_with(counts=[1, 2, -3]), "counts.2: Input should be greater than or equal to 0"),
-        (words_with(counts=[1, 2, True]), "counts.2: Input should be a valid integer"),
-        (words_with(counts=[1, 2, 1.5]), "counts.2: Input should be a valid integer"),
-        (words_with(extra=1), "extra: Extra inputs are not permitted"),
-        ({"format": 1, "kind": "words", "normalization": "plain-1"}, "words: Field required"),
-        (
-            {"format": 1, "kind": "characters", "normalization": "plain-1",
-             "characters": ["</s>", "<unk>", "ab"], "counts": [1, 1, 1]},
-            "characters: 'ab' is not one character",
-        ),
-        (
-            {"format": 1, "kind": "subwords", "normalization": "plain-1", "merges": [["ab", "c"]]},
-            "merges: 'ab' \\+ 'c' joins a piece that no earlier merge makes",
-        ),
-        (
-            {"format": 1, "kind": "subwords", "normalization": "plain-1", "merges": [["a", "b"], ["a", "b"]]},
-            "merges: the same merge stands in it twice",
-        ),
-        (
-            {"format": 1, "kind": "subwords", "normalization": "plain-1", "merges": [["a"]]},
-            "merges.0: List should have at least 2 items",
-        ),
+        ({**WORDS, "format": 2}, "format: Input should be 1"),
+        ({**WORDS, "kind": "phrases"}, "Input tag 'phrases' found using 'kind' does not match"),
+        ({**WORDS, "normalization": "plain-0"}, "normalization 'plain-0' is unknown"),
+        ({**WORDS, "words": ["<unk>", "</s>", "a"]}, "words: must begin with </s> and <unk>"),
+        ({**WORDS, "words": ["</s>", "<unk>", "<unk>"]}, "words: '<unk>' stands in it 2 times"),
+        ({**WORDS, "words": ["</s>", "<unk>", "a b"]}, "words: 'a b' is not one word"),
+        ({**WORDS, "words": ["</s>", "<unk>", ""]}, "words: '' is not one word"),
+        ({**WORDS, "words": ["</s>", "<unk>", "\n"]}, r"words: '\\n' is not one word"),
+        ({**WORDS, "words": ["</s>", "<unk>", "a" * 129]}, "is not one word of at most 128"),
+        ({**WORDS, "words": ["</s>", "<unk>", 3]}, "words.2: Input should be a valid string"),
+        ({**WORDS, "counts": [1, 2]}, "counts: 2 for 3 words"),
+        ({**WORDS, "counts": [1, 2, -3]}, "counts.2: Input should be greater than or equal to 0"),
+        ({**WORDS, "counts": [1, 2, True]}, "counts.2: Input should be a valid integer"),
+        ({**WORDS, "counts": [1, 2, 1.5]}, "counts.2: Input should be a valid integer"),
+        ({**WORDS, "extra": 1}, "extra: Extra inputs are not permitted"),
+        ({**HEAD, "kind": "words"}, "words: Field required"),
+        ({**CHARACTERS, "characters": ["</s>", "<unk>", "ab"]}, "characters: 'ab' is not one character"),
+        ({**SUBWORDS, "merges": [["ab", "c"]]}, r"merges: 'ab' \+ 'c' joins a piece that no earlier"),
+        ({**SUBWORDS, "merges": [["a", "b"], ["a", "b"]]}, "merges: the same merge stands in it twice"),
+        ({**SUBWORDS, "merges": [["a"]]}, "merges.0: List should have at least 2 items"),
     ],
-)  # fmt: skip
+)
 def test_a_well_sealed_vocabulary_that_makes_no_sense_is_refused(
     payload: dict[str, object], cause: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "vocabulary.json"
     path.write_bytes(sealed(payload))
-    with pytest.raises(ValueError, match=cause.replace("\n", "")) as refusal:
+    with pytest.raises(ValueError, match=cause) as refusal:
         load_vocabulary(path)
     assert str(refusal.value).startswith(f"{path}: ")
     assert "\n" not in str(refusal.value)
@@ -183,7 +185,9 @@ def test_json_that_is_too_large_or_too_deep_is_refused(tmp_path: Path) -> None:
 
 def test_deep_json_with_a_fitting_seal_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "vocabulary.json"
-    monkeypatch.setattr("sparsegate.data.files._json", lambda value, line_end: '{"words": ' + "[" * 100_000 + "\n}")
+    monkeypatch.setattr(
+        "sparsegate.data.files._json", lambda value, line_end: '{"words": ' + "[" * 100_000 + "\n}"
+    )
     path.write_bytes(sealed({"any": "thing"}))
     with pytest.raises(ValueError, match="Invalid JSON: recursion limit exceeded"):
         load_vocabulary(path)

@@ -13,7 +13,9 @@ batches = st.lists(st.lists(lines, max_size=4), max_size=4)
 
 
 @given(batches, st.integers(3, 12))
-def test_words_stand_by_falling_count_and_the_rest_is_counted_as_unknown(batches: list[list[str]], size: int) -> None:
+def test_words_stand_by_falling_count_and_the_rest_is_counted_as_unknown(
+    batches: list[list[str]], size: int
+) -> None:
     vocabulary = train_vocabulary("words", batches, size=size, normalization=PLAIN)
     assert isinstance(vocabulary, WordVocabulary)
     count = Counter(word for lines in batches for line in lines for word in PLAIN.words(line))
