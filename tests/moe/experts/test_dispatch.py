@@ -97,3 +97,14 @@ def test_no_token_makes_no_rows():
     assert plan.end_E.tolist() == [0] * NUM_EXPERTS
     assert dispatch(torch.empty(0, WIDTH), plan).shape == (0, WIDTH)
     assert combine(torch.empty(0, WIDTH), plan, routing.weight_N).shape == (0, WIDTH)
+
+
+def test_combine_keeps_its_precision_under_autocast():
+    routing = some_routing(dtype=torch.float32)
+    plan, rows_ND = plan_rows(routing), torch.randn(12, WIDTH)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast_TD = combine(rows_ND, plan, routing.weight_N)
+        from_bfloat16_TD = combine(rows_ND.bfloat16(), plan, routing.weight_N)
+    assert_close(under_autocast_TD, combine(rows_ND, plan, routing.weight_N))
+    assert_close(from_bfloat16_TD, combine(rows_ND.bfloat16().float(), plan, routing.weight_N))
+    assert under_autocast_TD.dtype == from_bfloat16_TD.dtype == torch.float32

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..precision import autocast_off
 from ..routing import Routing
 
 
@@ -49,12 +50,13 @@ def combine(rows_ND: Tensor, plan: Plan, weight_N: Tensor) -> Tensor:
     """Sum each token's rows, multiplied by the gate's weights, in the wider dtype of the two: y_TD.
 
     Rows are put back in the order of the pairs first. The sum is then one product for each token, over its K
-    pairs: it is deterministic, and no weighted copy of the rows is made.
+    pairs: it is deterministic, and no weighted copy of the rows is made. Autocast would narrow it.
     """
     dtype = torch.promote_types(rows_ND.dtype, weight_N.dtype)
     pairs_ND = _Permute.apply(rows_ND, plan.row_N, plan.order_N).to(dtype)
     weight_T1K = weight_N.to(dtype).unflatten(0, (-1, 1, plan.pairs_per_token))
-    return torch.bmm(weight_T1K, pairs_ND.unflatten(0, (-1, plan.pairs_per_token))).squeeze(1)
+    with autocast_off(rows_ND.device):
+        return torch.bmm(weight_T1K, pairs_ND.unflatten(0, (-1, plan.pairs_per_token))).squeeze(1)
 
 
 class _Gather(torch.autograd.Function):
