@@ -13,8 +13,8 @@ from .prepare import progress_bar
 from .verb import Parser, Verb
 
 EXAMPLE = """
-sparsegate quickstart
-sparsegate quickstart --short --out /tmp/quickstart
+sparsegate quickstart --out quickstart
+sparsegate quickstart --out first-look --short
 """
 
 _PROMPTS = ("def ", "class ", "    return ", "import ")

@@ -13,9 +13,8 @@ from .train import config
 from .verb import Parser, Verb
 
 EXAMPLE = """
-sparsegate search small-moe-32 --data datasets/book --out runs/search --learning-rates 2e-3 4e-3 8e-3
---dropouts 0 0.1 sparsegate search small-moe-32 --data datasets/book --out runs/short --learning-rates 2e-3
-4e-3 --training.steps 500
+sparsegate search small-moe-32 --data datasets/book --out runs/rates --learning-rates 4e-3 8e-3 1.6e-2
+sparsegate search small-moe-4 --data datasets/book --out runs/both --learning-rates 4e-3 8e-3 --dropouts 0 0.1
 """
 
 
