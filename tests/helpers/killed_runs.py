@@ -1,0 +1,111 @@
+"""Runs that are killed again and again: `python -m tests.helpers.killed_runs FOLDER KILLS SEED` prints what it did.
+
+Run as a program of its own, since it forks: it imports torch once, runs nothing in parallel, and each attempt at a
+run is a child that trains with `resume=True` until it is done or killed.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from sparsegate.data import Dataset
+from sparsegate.models import MixtureLM
+from sparsegate.training.checkpoint import latest_checkpoint
+from sparsegate.training.config import ContinuousConfig, OptimConfig, RunConfig, TrainingConfig
+from sparsegate.training.loop import train
+from sparsegate.training.run_folder import checkpoints_of
+
+STEPS = 40
+
+
+def tiny_run(data: Path, *, steps: int = STEPS, **training: object) -> RunConfig:
+    """Everything that has a state: noise, dropout, carried LSTM state, Adam, warm-up, evaluations, checkpoints."""
+    return RunConfig(
+        name="tiny",
+        data=str(data),
+        model=MixtureLM(
+            vocab_size=1, width=8, lstm_units=8, dropout=0.2, num_experts=4, k=2, hidden=8, lstm_bias=True
+        ),
+        batches=ContinuousConfig(batch_size=4, num_steps=8),
+        optim=OptimConfig(learning_rate=1e-2, warmup_steps=15),
+        training=TrainingConfig(
+            **{"steps": steps, "evaluate_every": 20, "checkpoint_every": 5, "log_every": 1, **training}
+        ),
+    )
+
+
+def main() -> None:
+    folder, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    torch.set_num_threads(1)
+    config = tiny_run(Dataset.open(folder / "dataset").directory)
+    # What is imported when it is first used is imported here, or each child would begin with seconds of it.
+    train(replace(config, training=replace(config.training, steps=1)), folder=folder / "first")
+    started = time.monotonic()
+    assert attempt(config, folder / "whole", None)
+    whole_s = time.monotonic() - started
+    chance = random.Random(seed)
+    done, jobs = 0, 0
+    while done < kills:
+        done += job(config, folder / f"job-{jobs}", whole_s, chance)
+        jobs += 1
+    print(json.dumps({"kills": done, "jobs": jobs}))
+
+
+def job(config: RunConfig, folder: Path, whole_s: float, chance: random.Random) -> int:
+    """One run to its end, however often it is killed; how often that was."""
+    kills = 0
+    while not attempt(config, folder, chance.uniform(0, whole_s / 3), in_save=chance.random() < 0.3):
+        kills += 1
+    return kills
+
+
+def attempt(config: RunConfig, folder: Path, after_s: float | None, *, in_save: bool = False) -> bool:
+    """Train in a child, which is killed `after_s` seconds after it began; whether it came to its end.
+
+    in_save: the kill waits for the next save to begin.
+    """
+    before = newest(folder)
+    child = os.fork()
+    if child == 0:
+        train(config, folder=folder, resume=True)
+        os._exit(0)
+    killed = False
+    if after_s is not None:
+        killed = not ends_before(child, folder, after_s, in_save=in_save)
+        if killed:
+            os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert killed or status == 0, status
+    assert newest(folder) >= before, "a completed checkpoint is gone"
+    return status == 0
+
+
+def ends_before(child: int, folder: Path, after_s: float, *, in_save: bool) -> bool:
+    """Wait for the moment at which the child is to be killed; whether it ends before. It is not reaped."""
+    until = time.monotonic() + after_s
+    while time.monotonic() < until or (in_save and not any(checkpoints_of(folder).glob(".tmp-*"))):
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            return True
+        time.sleep(0.0005)
+    return False
+
+
+def newest(folder: Path) -> int:
+    """Step of the newest whole checkpoint, 0 where there is none; a damaged one is an error."""
+
+    def damaged(message: str) -> None:
+        raise AssertionError(message)
+
+    path = latest_checkpoint(checkpoints_of(folder), warn=damaged)
+    return 0 if path is None else int(path.name.rpartition("-")[2])
+
+
+if __name__ == "__main__":
+    main()
