@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from ..data import ContinuousBatches, Dataset, SentenceBatches
+from ..data import ContinuousBatches, Dataset, SentenceBatches, load_vocabulary
 from ..evaluation.perplexity import Evaluation, evaluate
 from ..models import LanguageModel, build
 from ..optim.schedule import warmup_then_inverse_sqrt
@@ -16,7 +16,17 @@ from .config import ContinuousConfig, RunConfig
 from .lock import run_lock
 from .noise import derived_seed
 from .reporter import Reporter
-from .run_folder import checkpoints_of, open_run_folder, read_best, saved_steps, write_best
+from .run_folder import (
+    VOCABULARY,
+    check_run_folder,
+    checkpoints_of,
+    for_dataset,
+    read_best,
+    read_run_config,
+    saved_steps,
+    write_best,
+    write_run_folder,
+)
 from .signals import stop_requests
 from .state import TrainState, load_weights
 from .step import Gradient, NonFinite, apply_gradient, compute_gradient
@@ -44,18 +54,22 @@ def train(
     and NonFinite after `training.max_nonfinite` non-finite batches in a row.
     """
     dataset = Dataset.open(Path(config.data))
+    config = for_dataset(config, dataset)
+    check_run_folder(folder, config, resume=resume)
+    reporter = Reporter(
+        folder=folder,
+        total_steps=config.training.steps,
+        name=config.name,
+        log_every=config.training.log_every,
+        console=console,
+    )
+    run = Run(config, dataset, folder, reporter)
+    # Whatever can be wrong with what was asked for has been found: only now is something made.
     folder.mkdir(parents=True, exist_ok=True)
     with run_lock(folder):
-        config = open_run_folder(folder, config, dataset, resume=resume)
-        reporter = Reporter(
-            folder=folder,
-            total_steps=config.training.steps,
-            name=config.name,
-            log_every=config.training.log_every,
-            console=console,
-        )
+        check_run_folder(folder, config, resume=resume)
+        write_run_folder(folder, config, dataset)
         with reporter, stop_requests() as stop:
-            run = Run(config, dataset, folder, reporter)
             run.resume_or_start()
             while not run.finished and not stop():
                 run.step()
@@ -81,6 +95,8 @@ class Run:
         self.dataset = dataset
         self.batches = make_batches(config, dataset)
         self.state = make_state(config)
+        if config.training.init_from and not saved_steps(folder):
+            start_from(self.state.model, Path(config.training.init_from), dataset)
         self.last_evaluation: Evaluation | None = None
 
     @property
@@ -88,19 +104,17 @@ class Run:
         return self.state.progress.step >= self.config.training.steps
 
     def resume_or_start(self) -> None:
-        """Take over the newest complete checkpoint; weights to start from count only where there is none."""
-        newest = latest_checkpoint(checkpoints_of(self.folder), warn=self._warn)
+        """Take over the newest complete checkpoint, where there is one."""
+        warnings: list[str] = []
+        newest = latest_checkpoint(checkpoints_of(self.folder), warn=warnings.append)
         if newest is not None:
             self.state.restore(load_checkpoint(newest))
             progress = self.state.progress
             if progress.best_step:
                 write_best(self.folder, step=progress.best_step, nll=progress.best_nll)
-        elif self.config.training.init_from:
-            start_from(self.state.model, Path(self.config.training.init_from))
         self.reporter.resume_at(self.state.progress.step)  # also at 0: it may have died before a checkpoint
-
-    def _warn(self, message: str) -> None:
-        self.reporter.event("warning", message=message)
+        for message in warnings:
+            self.reporter.event("warning", message=message)
 
     def step(self) -> None:
         """One batch: an update of the weights, or nothing where its loss or gradient is not finite."""
@@ -186,7 +200,9 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint; keep the newest ones and the best."""
         progress = self.state.progress
-        newest = saved_steps(self.folder)[: self.config.training.keep_checkpoints - 1]
+        # A later one is a damaged one, passed over when the run was resumed.
+        before = [step for step in saved_steps(self.folder) if step < progress.step]
+        newest = before[: self.config.training.keep_checkpoints - 1]
         with self.reporter.doing("saving"):
             self.state.save(checkpoints_of(self.folder), keep={*newest, progress.best_step})
             if progress.best_step:
@@ -251,8 +267,13 @@ def freeze(model: LanguageModel, patterns: tuple[str, ...]) -> None:
         raise ValueError(f"training.freeze ({', '.join(patterns)}): nothing is left to train; freeze less")
 
 
-def start_from(model: LanguageModel, run: Path) -> None:
-    """Copy the weights of another run: its best checkpoint, or the newest where none has been evaluated."""
+def start_from(model: LanguageModel, run: Path, dataset: Dataset) -> None:
+    """Copy the weights of another run: its best checkpoint, or the newest where none has been evaluated.
+
+    ValueError: it is no run, has no checkpoint, another model, or another vocabulary than the dataset.
+    """
+    read_run_config(run)
+    dataset.require_vocabulary(load_vocabulary(run / VOCABULARY))
     checkpoints = checkpoints_of(run)
     best = read_best(run)
     path = checkpoints / checkpoint_name(best) if best is not None else latest_checkpoint(checkpoints)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from ..data import Dataset, save_vocabulary
 from .config import RunConfig
+from .lock import LOCK_NAME
 from .overrides import read_config, to_json
-from .storage import read_json, write_json_atomically
+from .storage import UNFINISHED, read_json, write_json_atomically
 
 CONFIG = "config.json"
 VOCABULARY = "vocabulary.json"
@@ -35,28 +36,35 @@ def read_run_config(folder: Path) -> RunConfig:
     return read_config(RunConfig, folder / CONFIG)
 
 
-def open_run_folder(folder: Path, config: RunConfig, dataset: Dataset, *, resume: bool) -> RunConfig:
-    """Make the folder a run's, or check that it is the one to go on with; return the configuration as saved.
-
-    The dataset's vocabulary size and fingerprint are filled in. ValueError: the folder holds something else,
-    or a run that was made with another model, seed, dataset or recipe.
-    """
-    config = replace(
+def for_dataset(config: RunConfig, dataset: Dataset) -> RunConfig:
+    """The configuration with what the dataset decides filled in: vocabulary size and fingerprint."""
+    return replace(
         config,
         data_fingerprint=dataset.fingerprint,
         model=replace(config.model, vocab_size=dataset.vocabulary.size),
     )
+
+
+def check_run_folder(folder: Path, config: RunConfig, *, resume: bool) -> None:
+    """Look whether a run may be written here; nothing is.
+
+    ValueError: the folder holds something else, or a run although `resume` is false, or a run that was made
+    with another model, seed, dataset or recipe.
+    """
     if holds_run(folder):
         if not resume:
             raise ValueError(
                 f"{folder}: holds a run already; add --resume to go on with it, or give another --out"
             )
         _require_same_run(folder, read_run_config(folder), config)
-    elif folder.is_dir() and any(entry.name != "lock" for entry in folder.iterdir()):
+    elif folder.is_dir() and any(not _may_be_there(entry.name) for entry in folder.iterdir()):
         raise ValueError(f"{folder}: not empty and not a run; give another --out")
+
+
+def write_run_folder(folder: Path, config: RunConfig, dataset: Dataset) -> None:
+    """Make the folder a run's, by what the run is made with."""
     write_json_atomically(folder / CONFIG, to_json(config))
     save_vocabulary(dataset.vocabulary, folder / VOCABULARY)
-    return config
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -80,6 +88,11 @@ def read_best(folder: Path) -> int | None:
     if not isinstance(step, int) or isinstance(step, bool):
         raise ValueError(f"{pointer}: does not name a step; remove it, and give --checkpoint last")
     return step
+
+
+def _may_be_there(name: str) -> bool:
+    """What a run leaves that is killed before it has a configuration."""
+    return name == LOCK_NAME or name.startswith(UNFINISHED)
 
 
 def _require_same_run(folder: Path, saved: RunConfig, given: RunConfig) -> None:
