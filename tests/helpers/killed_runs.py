@@ -1,6 +1,6 @@
-"""Runs that are killed again and again: `python -m tests.helpers.killed_runs FOLDER KILLS SEED` prints what it did.
+"""Runs that are killed again and again: `python -m tests.helpers.killed_runs FOLDER KILLS SEED`.
 
-Run as a program of its own, since it forks: it imports torch once, runs nothing in parallel, and each attempt at a
+A program of its own, since it forks: it imports torch once, runs nothing in parallel, and each attempt at a
 run is a child that trains with `resume=True` until it is done or killed.
 """
 
@@ -26,7 +26,7 @@ STEPS = 40
 
 
 def tiny_run(data: Path, *, steps: int = STEPS, **training: object) -> RunConfig:
-    """Everything that has a state: noise, dropout, carried LSTM state, Adam, warm-up, evaluations, checkpoints."""
+    """Everything that has a state: noise, dropout, carried LSTM state, Adam, warm-up, evaluations."""
     return RunConfig(
         name="tiny",
         data=str(data),

@@ -112,7 +112,9 @@ class Run:
             progress = self.state.progress
             if progress.best_step:
                 write_best(self.folder, step=progress.best_step, nll=progress.best_nll)
-        self.reporter.resume_at(self.state.progress.step)  # also at 0: it may have died before a checkpoint
+        progress = self.state.progress
+        # Also at step 0: the run may have died before its first checkpoint.
+        self.reporter.resume_at(progress.step, next_batch=progress.batch_index)
         for message in warnings:
             self.reporter.event("warning", message=message)
 

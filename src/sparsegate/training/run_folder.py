@@ -1,7 +1,8 @@
 """The folder of a run: what it was made with, its checkpoints, its log."""
 
 import re
-from dataclasses import fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from ..data import Dataset, save_vocabulary
@@ -96,10 +97,19 @@ def _may_be_there(name: str) -> bool:
 
 
 def _require_same_run(folder: Path, saved: RunConfig, given: RunConfig) -> None:
-    saved_fields, given_fields = to_json(saved), to_json(given)
-    for name in (f.name for f in fields(RunConfig) if f.name not in _MAY_CHANGE):
-        if saved_fields[name] != given_fields[name]:
+    before, now = dict(_values(to_json(saved))), dict(_values(to_json(given)))
+    for path in sorted(now.keys() | before.keys()):
+        if before.get(path) != now.get(path) and path.partition(".")[0] not in _MAY_CHANGE:
             raise ValueError(
-                f"{name} ({given_fields[name]}) is {saved_fields[name]} in {folder / CONFIG}; "
+                f"{path} ({now.get(path)}) is {before.get(path)} in {folder / CONFIG}; "
                 "a run goes on only as what it was: give the same, or another --out"
             )
+
+
+def _values(fields: Mapping[str, Json], path: str = "") -> Iterator[tuple[str, Json]]:
+    """The values of a configuration and of its sections, each with its path."""
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            yield from _values(value, f"{path}{name}.")
+        else:
+            yield path + name, value

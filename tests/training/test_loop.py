@@ -1,0 +1,315 @@
+"""The loop: a run that stops and goes on is the run that never stopped; a bad batch leaves no trace."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsegate.cli.main import main
+from sparsegate.data import Dataset
+from sparsegate.models import RecurrentLM
+from sparsegate.models.softmax import FullSoftmax
+from sparsegate.training.checkpoint import checkpoint_name, latest_checkpoint, load_checkpoint
+from sparsegate.training.config import RunConfig, SentencesConfig
+from sparsegate.training.loop import TrainResult, train
+from sparsegate.training.run_folder import checkpoints_of, read_best, saved_steps
+from sparsegate.training.step import NonFinite
+from tests.helpers.killed_runs import tiny_run
+from tests.helpers.runs import LINES, make_dataset
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return make_dataset(tmp_path_factory.mktemp("text") / "text")
+
+
+@pytest.fixture
+def config(dataset: Dataset) -> RunConfig:
+    return tiny_run(dataset.directory, steps=24)
+
+
+def with_training(config: RunConfig, **changes: object) -> RunConfig:
+    return replace(config, training=replace(config.training, **changes))
+
+
+def everything(result: TrainResult) -> dict[str, torch.Tensor]:
+    """Weights, moments and carried state by name."""
+    state = result.state
+    tensors = {f"model/{name}": value for name, value in state.model.state_dict().items()}
+    for index, moments in enumerate(state.optimizer.state.values()):
+        tensors |= {f"optimizer/{index}/{key}": value for key, value in moments.items()}
+    for name, (h, c) in state.carried.items():
+        tensors |= {f"carried/{name}/h": h, f"carried/{name}/c": c}
+    return tensors
+
+
+def assert_equal(one: TrainResult, other: TrainResult) -> None:
+    left, right = everything(one), everything(other)
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert torch.equal(value, right[name]), name
+
+
+@pytest.mark.parametrize("sentences", [False, True])
+@pytest.mark.parametrize("stop_at", [1, 7, 20])
+def test_a_run_in_two_parts_ends_bit_for_bit_as_in_one(
+    config: RunConfig, tmp_path: Path, stop_at: int, sentences: bool
+):
+    if sentences:
+        config = replace(config, batches=SentencesConfig(batch_words=40, max_length=8))
+    whole = train(config, folder=tmp_path / "whole")
+    train(with_training(config, steps=stop_at), folder=tmp_path / "parts")
+    parts = train(config, folder=tmp_path / "parts", resume=True)
+    assert_equal(parts, whole)
+    progress = asdict(parts.state.progress)
+    best = ("best_step", "best_nll")  # the part's last step is evaluated, which the whole run's is not
+    assert {k: v for k, v in progress.items() if k not in best} == {
+        k: v for k, v in asdict(whole.state.progress).items() if k not in best
+    }
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(config: RunConfig, tmp_path: Path):
+    first, second = (train(config, folder=tmp_path / name) for name in ("first", "second"))
+    assert_equal(first, second)
+    other = train(replace(config, seed=2), folder=tmp_path / "other")
+    assert not torch.equal(everything(other)["model/softmax.bias"], everything(first)["model/softmax.bias"])
+
+
+class Planted:
+    """Multiplies the loss of some batches, in the order in which the model sees them, by a factor."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, at: set[int], factor: float) -> None:
+        self.calls = 0
+        plain = FullSoftmax.nll
+
+        def nll(softmax: FullSoftmax, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            value = plain(softmax, hidden, target)
+            if softmax.training:
+                self.calls += 1
+                if self.calls - 1 in at:
+                    value = value * factor
+            return value
+
+        monkeypatch.setattr(FullSoftmax, "nll", nll)
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_a_nonfinite_batch_leaves_everything_as_if_it_had_not_been(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float
+):
+    bad = {0, 5, 6, 13}
+    spared = train(with_training(config, skip_batches=tuple(bad)), folder=tmp_path / "spared")
+    Planted(monkeypatch, at=bad, factor=factor)
+    result = train(config, folder=tmp_path / "bad")
+    assert_equal(result, spared)
+    assert result.state.progress.skipped == len(bad)
+    assert result.state.progress.step == spared.state.progress.step == 24
+    assert result.state.progress.tokens == spared.state.progress.tokens
+
+
+def test_a_gradient_that_overflows_is_caught_though_the_loss_is_finite(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    spared = train(with_training(config, skip_batches=(4,)), folder=tmp_path / "spared")
+    Planted(monkeypatch, at={4}, factor=1e37)
+    result = train(config, folder=tmp_path / "bad")
+    assert result.state.progress.skipped == 1
+    assert_equal(result, spared)
+
+
+def test_a_spike_is_clipped_and_learned_from(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    Planted(monkeypatch, at={4}, factor=1000.0)
+    result = train(config, folder=tmp_path / "spike")
+    assert result.state.progress.skipped == 0
+    assert all(value.isfinite().all() for value in everything(result).values())
+
+
+def test_several_bad_batches_in_a_row_stop_the_run_and_leave_its_checkpoint(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    Planted(monkeypatch, at=set(range(12, 100)), factor=float("nan"))
+    with pytest.raises(NonFinite, match=r"3 batches in a row.*batch 14.*optim\.learning-rate"):
+        train(with_training(config, max_nonfinite=3), folder=tmp_path / "run")
+    newest = latest_checkpoint(checkpoints_of(tmp_path / "run"))
+    assert newest is not None
+    assert newest.name == checkpoint_name(10)
+
+
+def test_hopeless_training_ends_with_exit_code_4_and_one_line(
+    dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    Planted(monkeypatch, at=set(range(100)), factor=float("nan"))
+    assert main(cli(dataset, tmp_path / "run", "--training.max-nonfinite", "2")) == 4
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert "not finite in 2 batches in a row" in lines[-1]
+    assert not any("Traceback" in line for line in lines)
+
+
+def cli(dataset: Dataset, folder: Path, *more: str, steps: int = 10) -> list[str]:
+    """`sparsegate train` of a recipe cut down until it is tiny."""
+    sizes = "--model.width 8 --model.lstm-units 8 --model.hidden 8 --model.num-experts 4 --model.k 2"
+    course = (
+        f"--training.steps {steps} --training.checkpoint-every 5 --batches.batch-size 2 --batches.num-steps 8"
+    )
+    where = ["--data", str(dataset.directory), "--out", str(folder)]
+    return ["train", "small-moe-32", *where, *sizes.split(), *course.split(), *more]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_the_current_step_and_leaves_with_0(
+    dataset: Dataset, tmp_path: Path, number: signal.Signals
+):
+    folder = tmp_path / "run"
+    words = cli(dataset, folder, "--training.log-every", "1", steps=100_000)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sparsegate", *words], stderr=subprocess.PIPE, text=True
+    )
+    wait_for_steps(process, folder / "log.jsonl", 12)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert number.name in errors
+    logged = (folder / "log.jsonl").read_text().splitlines()
+    last = max(
+        int(line.partition('"step": ')[2].partition(",")[0]) for line in logged if '"kind": "step"' in line
+    )
+    assert saved_steps(folder)[0] == last
+    load_checkpoint(checkpoints_of(folder) / checkpoint_name(last))
+
+
+def wait_for_steps(process: subprocess.Popen[str], log: Path, lines: int) -> None:
+    while not log.exists() or len(log.read_bytes().splitlines()) < lines:
+        assert process.poll() is None, process.communicate()[1]
+        os.sched_yield()
+
+
+def test_the_best_checkpoint_and_the_newest_are_kept(config: RunConfig, tmp_path: Path):
+    result = train(with_training(config, keep_checkpoints=1, evaluate_every=6), folder=tmp_path / "run")
+    best = result.state.progress.best_step
+    assert read_best(tmp_path / "run") == best
+    assert set(saved_steps(tmp_path / "run")) == {24, best}
+
+
+def test_frozen_parameters_stay_and_the_others_learn(config: RunConfig, tmp_path: Path):
+    first = train(with_training(config, steps=1), folder=tmp_path / "first")
+    frozen = train(with_training(config, freeze=("layers.lstm*", "embedding.*")), folder=tmp_path / "frozen")
+    start = train(with_training(config, steps=1, freeze=("*[!s]",)), folder=tmp_path / "start")
+    del first, start
+    fresh = {k: v for k, v in everything(frozen).items() if k.startswith("optimizer/")}
+    trained = [p for p in frozen.state.model.parameters() if p.requires_grad]
+    assert len({key.split("/")[1] for key in fresh}) == len(trained)
+    assert not frozen.state.model.embedding.weight.requires_grad
+
+
+def test_a_run_starts_from_the_weights_of_another(config: RunConfig, tmp_path: Path):
+    train(config, folder=tmp_path / "first")
+    best = read_best(tmp_path / "first")
+    assert best is not None
+    weights = load_checkpoint(checkpoints_of(tmp_path / "first") / checkpoint_name(best)).tensors["model"]
+    frozen = with_training(config, steps=1, init_from=str(tmp_path / "first"), freeze=("[!s]*",))
+    second = train(frozen, folder=tmp_path / "second")
+    for name, value in second.state.model.state_dict().items():
+        assert torch.equal(value, weights[name]) != name.startswith("softmax"), name
+
+
+REFUSALS = {
+    "a name that matches no parameter": (
+        {"freeze": ("layer.*",)},
+        r"training\.freeze \(layer\.\*\): no parameter",
+    ),
+    "nothing left to train": ({"freeze": ("*",)}, "nothing is left to train"),
+    "weights from what is no run": ({"init_from": "/nowhere"}, "/nowhere"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSALS)
+def test_what_cannot_be_done_is_refused_in_one_line(config: RunConfig, tmp_path: Path, what: str):
+    changes, message = REFUSALS[what]
+    with pytest.raises((ValueError, OSError), match=message):
+        train(with_training(config, **changes), folder=tmp_path / "run")
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(config: RunConfig, tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="not empty and not a run"):
+        train(config, folder=tmp_path / "run")
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_run_is_not_started_twice_nor_resumed_as_another(config: RunConfig, tmp_path: Path):
+    train(with_training(config, steps=2), folder=tmp_path / "run")
+    with pytest.raises(ValueError, match="--resume"):
+        train(config, folder=tmp_path / "run")
+    with pytest.raises(ValueError, match=r"^seed \(2\) is 1 in .*config\.json"):
+        train(replace(config, seed=2), folder=tmp_path / "run", resume=True)
+    changed = replace(config, model=replace(config.model, hidden=9))
+    with pytest.raises(ValueError, match=r"^model\.hidden \(9\) is 8 in .*config\.json"):
+        train(changed, folder=tmp_path / "run", resume=True)
+
+
+def test_a_run_is_not_resumed_on_another_dataset(config: RunConfig, tmp_path: Path):
+    train(with_training(config, steps=2), folder=tmp_path / "run")
+    other = make_dataset(tmp_path / "other", lines=["other words", "stand here", "now"] * 50)
+    with pytest.raises(ValueError, match="data_fingerprint"):
+        train(replace(config, data=str(other.directory)), folder=tmp_path / "run", resume=True)
+
+
+def test_weights_made_with_another_vocabulary_are_refused(config: RunConfig, tmp_path: Path):
+    train(with_training(config, steps=2), folder=tmp_path / "first")
+    lines = [line.replace("cats", "dogs") for line in LINES]
+    other = make_dataset(tmp_path / "other", lines=lines)
+    assert other.vocabulary.size == Dataset.open(Path(config.data)).vocabulary.size
+    tuned = replace(with_training(config, init_from=str(tmp_path / "first")), data=str(other.directory))
+    with pytest.raises(ValueError, match="vocabulary"):
+        train(tuned, folder=tmp_path / "second")
+
+
+def test_a_language_of_one_sentence_is_learned(tmp_path: Path):
+    """The whole road, from text to a model that knows what comes next."""
+    dataset = make_dataset(tmp_path / "text", lines=["a b c d e f g"] * 200)
+    config = tiny_run(dataset.directory, steps=150, evaluate_every=150, checkpoint_every=150)
+    config = replace(
+        config, model=replace(config.model, dropout=0.0), optim=replace(config.optim, learning_rate=0.03)
+    )
+    result = train(config, folder=tmp_path / "run")
+    assert result.evaluation is not None
+    assert result.evaluation.perplexity < 1.1
+
+
+def lines_of(text: str) -> Iterator[str]:
+    yield from (line for line in text.splitlines() if line.strip())
+
+
+def test_a_full_disk_ends_with_exit_code_3_and_the_checkpoint_before(dataset: Dataset, tmp_path: Path):
+    folder = tmp_path / "run"
+    assert main(cli(dataset, folder, steps=5)) == 0
+    script = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "from sparsegate.cli.main import main;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); sys.exit(main(sys.argv[1:]))"
+    )
+    words = cli(dataset, folder, "--resume", steps=10)
+    process = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True)
+    assert process.returncode == 3, process.stderr
+    last = list(lines_of(process.stderr))[-1]
+    assert last.startswith("sparsegate train:")
+    assert "Traceback" not in process.stderr
+    newest = latest_checkpoint(checkpoints_of(folder))
+    assert newest is not None
+    assert newest.name == checkpoint_name(5)
+    assert not list(checkpoints_of(folder).glob(".tmp-*"))
+
+
+def test_a_recurrent_model_trains_on_the_same_road(config: RunConfig, tmp_path: Path):
+    model = RecurrentLM(vocab_size=1, width=8, lstm_units=16, lstm_projection=8, dropout=0.1, num_layers=1)
+    result = train(replace(config, model=model), folder=tmp_path / "run")
+    assert result.state.progress.step == 24
