@@ -27,14 +27,17 @@ class JsonLog:
         content = {key: _finite_or_text(value) for key, value in line.items()}
         append_whole(self._path, json.dumps(content, allow_nan=False).encode() + b"\n")
 
-    def truncate_after(self, step: int) -> list[Line]:
+    def truncate_after(self, step: int, *, next_batch: int | None = None) -> list[Line]:
         """Cut the file where lines of later steps begin; return the lines that stay.
+
+        next_batch: index of the first batch to come. What is said of that one and later ones is cut as well:
+        batches that were skipped are logged at the step before them.
 
         What is cut is a run's future: a resumed run writes it again. A half-written last line goes too.
         """
         kept, end = [], 0
         for line, line_end in _lines(self._path):
-            if line["step"] > step:
+            if line["step"] > step or (next_batch is not None and line.get("batch", -1) >= next_batch):
                 break
             kept.append(line)
             end = line_end

@@ -109,10 +109,9 @@ class Run:
         newest = latest_checkpoint(checkpoints_of(self.folder), warn=warnings.append)
         if newest is not None:
             self.state.restore(load_checkpoint(newest))
-            progress = self.state.progress
-            if progress.best_step:
-                write_best(self.folder, step=progress.best_step, nll=progress.best_nll)
         progress = self.state.progress
+        if progress.best_step:
+            write_best(self.folder, step=progress.best_step, nll=progress.best_nll)
         # Also at step 0: the run may have died before its first checkpoint.
         self.reporter.resume_at(progress.step, next_batch=progress.batch_index)
         for message in warnings:

@@ -56,15 +56,16 @@ class Reporter:
     ) -> None:
         self._display.stop()
 
-    def resume_at(self, step: int) -> None:
+    def resume_at(self, step: int, *, next_batch: int | None = None) -> None:
         """Continue the log of a run that is resumed after `step` steps: forget what it says about later ones.
 
+        next_batch: index of the batch that comes next; events that name it or later ones are forgotten too.
         The log then goes on as if the run had never stopped; `time` and `train/tokens_per_second` vary.
 
         Raises:
             OSError: the log cannot be read or shortened.
         """
-        for line in self._log.truncate_after(step):
+        for line in self._log.truncate_after(step, next_batch=next_batch):
             self._display.take_in(line)
         self._events.purge_from(step + 1)
         self._display.resume_at(step)

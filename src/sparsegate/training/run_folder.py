@@ -10,6 +10,7 @@ from .config import RunConfig
 from .lock import LOCK_NAME
 from .overrides import read_config, to_json
 from .storage import UNFINISHED, read_json, write_json_atomically
+from .strict_json import Json
 
 CONFIG = "config.json"
 VOCABULARY = "vocabulary.json"
