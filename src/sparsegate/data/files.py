@@ -81,11 +81,21 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """An OSError in the block comes out with `path` and a cure."""
+    try:
+        yield
+    except OSError as error:
+        problem = f"cannot write ({error.strerror}); free space, or choose another disk"
+        raise OSError(error.errno, problem, str(path)) from error
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write `content` to `path`, which holds the old content or the new one, whatever happens."""
     temporary = _temporary_beside(path)
     try:
-        with temporary.open("xb") as file:
+        with writing(path), temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

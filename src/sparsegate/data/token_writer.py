@@ -1,8 +1,8 @@
 """Writes the files of one split, and counts and digests what it writes."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .dataset import SENTENCE_DTYPE, Source, SplitManifest
-from .files import fsync
+from .files import fsync, writing
 from .normalization import normalize
 from .vocabulary import Vocabulary, token_dtype
 
@@ -26,30 +26,21 @@ class _DigestedFile:
     def write(self, array: npt.NDArray[Any]) -> None:
         content = array.tobytes()
         self._sha256.update(content)
-        with _naming(self._path):
+        with writing(self._path):
             self._file.write(content)
 
     def close(self) -> None:
-        with _naming(self._path):
+        with writing(self._path):
             self._file.close()
 
     def bring_to_disk(self) -> None:
         self.close()
-        with _naming(self._path):
+        with writing(self._path):
             fsync(self._path)
 
     @property
     def sha256(self) -> str:
         return self._sha256.hexdigest()
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        cure = "free space, or choose another disk"
-        raise OSError(error.errno, f"cannot write ({error.strerror}); {cure}", str(path)) from error
 
 
 def write_split(
@@ -85,9 +76,8 @@ def write_split(
         sentences.bring_to_disk()
     if num_sentences == 0:
         names = ", ".join(source.name for source in sources[:3])
-        raise ValueError(
-            f"{split}: no line of text for it in {names}; give more text, or blank lines are to be kept"
-        )
+        cure = "give more text, or hold out a larger share"
+        raise ValueError(f"{split}: no line for it in {names}, blank ones not counted; {cure}")
     return SplitManifest(
         tokens=num_tokens,
         sentences=num_sentences,

@@ -1,0 +1,88 @@
+"""Prepares datasets in processes that may die of it."""
+
+import multiprocessing
+import os
+import resource
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sparsegate.data import TextOptions, prepare
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.data.children"])
+Options = dict[str, Any]
+
+
+def start(target: Callable[..., None], *args: object) -> multiprocessing.process.BaseProcess:
+    process = _context.Process(target=target, args=args)
+    process.start()
+    return process
+
+
+def ask(target: Callable[..., Any], *args: object) -> Any:
+    """What `target` returns in a process of its own."""
+    receiver, sender = _context.Pipe(duplex=False)
+    process = start(_answer, sender, target, *args)
+    sender.close()
+    answer = receiver.recv()
+    process.join()
+    return answer
+
+
+def _answer(sender: Any, target: Callable[..., Any], *args: object) -> None:
+    sender.send(target(*args))
+
+
+def make(options: Options) -> None:
+    prepare(**options)
+
+
+def make_and_die(options: Options, at_call: int) -> None:
+    """Die of SIGKILL before the `at_call`-th system call that makes, syncs, renames or removes something."""
+    calls = 0
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted_call(*args: Any, **keywords: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == at_call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **keywords)
+
+        return counted_call
+
+    for name in ("mkdir", "fsync", "rename", "replace", "unlink", "rmdir"):
+        setattr(os, name, counted(getattr(os, name)))
+    prepare(**options)
+
+
+def peak_memory(options: Options) -> int:
+    """The most memory, in bytes, that the process has held when the dataset is made."""
+    prepare(**options)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def error_with_small_files(options: Options, limit: int) -> str:
+    """The error when no file may be larger than `limit` bytes, as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        prepare(**options)
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def options_for(output: Path, text: Path, kind: str) -> Options:
+    size = {"subwords": 400}.get(kind)
+    return {
+        "output": output,
+        "train": [text],
+        "vocabulary": kind,
+        "vocabulary_size": size,
+        "valid_share": 0.1,
+        "test_share": 0.1,
+        "text": TextOptions(keep_blank_lines=True),
+    }

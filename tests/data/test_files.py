@@ -1,0 +1,86 @@
+from pathlib import Path
+
+import pytest
+
+from sparsegate.data.files import new_directory, refuse_existing, write_atomically
+
+
+def test_a_directory_appears_when_it_is_complete(tmp_path: Path) -> None:
+    target = tmp_path / "below" / "target"
+    with new_directory(target) as directory:
+        (directory / "file").write_text("content")
+        assert not target.exists()
+        assert directory.parent == target.parent
+    assert [path.name for path in target.iterdir()] == ["file"]
+    assert list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_an_error_leaves_nothing_and_an_empty_target_alone(
+    error: type[BaseException], tmp_path: Path
+) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    with pytest.raises(error), new_directory(target) as directory:  # noqa: PT012
+        (directory / "file").write_text("content")
+        raise error
+    assert list(tmp_path.rglob("*")) == [target]
+
+
+@pytest.mark.parametrize("kind", ["file", "full", "link"])
+def test_what_exists_is_refused_and_stays(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/old").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "absent")
+    before = sorted(tmp_path.rglob("*"))
+    message = rf"{kind}: exists already and is not an empty directory; choose another, or remove it"
+    with pytest.raises(FileExistsError, match=message):
+        refuse_existing(tmp_path / kind)
+    with pytest.raises(FileExistsError, match=message), new_directory(tmp_path / kind):
+        pass
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_of_two_that_write_the_same_directory_the_later_is_refused(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    with pytest.raises(FileExistsError), new_directory(target) as slow:  # noqa: PT012
+        (slow / "file").write_text("slow")
+        with new_directory(target) as fast:
+            assert slow.exists()
+            (fast / "file").write_text("fast")
+    assert (target / "file").read_text() == "fast"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_a_dead_process_left_is_removed_and_other_things_stay(tmp_path: Path) -> None:
+    dead = tmp_path / ".tmp-target-0123abcd"
+    others = [
+        tmp_path / ".tmp-target[x]-0123abcd",
+        tmp_path / ".tmp-another-0123abcd",
+        tmp_path / ".tmp-target-file",
+    ]
+    for directory in (dead, *others[:2]):
+        directory.mkdir()
+        (directory / ".lock").touch()
+        (directory / "train.tokens").touch()
+    others[2].touch()
+    with new_directory(tmp_path / "target"):
+        assert not dead.exists()
+    assert sorted(tmp_path.iterdir()) == sorted([*others, tmp_path / "target"])
+
+
+def test_a_file_holds_the_old_content_or_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(
+        OSError, match=r"cannot write \(No space left on device\); free space, or choose.*/file"
+    ):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]

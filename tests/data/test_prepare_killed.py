@@ -1,0 +1,98 @@
+"""A dataset is complete or absent, whenever its making ends."""
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from sparsegate.data import Dataset
+from tests.data.children import (
+    ask,
+    error_with_small_files,
+    make,
+    make_and_die,
+    options_for,
+    peak_memory,
+    start,
+)
+from tests.data.making import prose, write
+
+
+def complete_or_absent(output: Path) -> bool:
+    if not output.exists():
+        return False
+    Dataset.open(output).verify()
+    return True
+
+
+def nothing_is_left_beside(output: Path, text: Path) -> bool:
+    make_again = start(make, options_for(output, text, "subwords"))
+    make_again.join()
+    Dataset.open(output).verify()
+    return sorted(output.parent.iterdir()) == sorted([output, text])
+
+
+@pytest.mark.parametrize("kills", [20, pytest.param(300, marks=pytest.mark.nightly)])
+def test_a_kill_at_any_moment_leaves_a_complete_dataset_or_none(kills: int, tmp_path: Path) -> None:
+    text = write(tmp_path / "text", prose(4000))
+    durations = []
+    for attempt in range(3):
+        begin = time.monotonic()
+        start(make, options_for(tmp_path / f"whole{attempt}", text, "subwords")).join()
+        durations.append(time.monotonic() - begin)
+    choose = random.Random(0)
+    survivors = 0
+    for kill in range(kills):
+        output = tmp_path / str(kill) / "dataset"
+        output.parent.mkdir()
+        process = start(make, options_for(output, text, "subwords"))
+        time.sleep(choose.uniform(0, 1.1 * min(durations)))
+        process.kill()
+        process.join()
+        survivors += complete_or_absent(output)
+    assert survivors < kills
+
+
+def test_a_kill_before_any_change_of_the_disk_leaves_a_complete_dataset_or_none(tmp_path: Path) -> None:
+    outcomes = []
+    for at_call in range(1, 100):
+        folder = tmp_path / str(at_call)
+        text = write(folder / "text", prose(200))
+        output = folder / "dataset"
+        process = start(make_and_die, options_for(output, text, "bytes"), at_call)
+        process.join()
+        outcomes.append(complete_or_absent(output))
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        if not outcomes[-1]:
+            assert nothing_is_left_beside(output, text)
+    assert process.exitcode == 0
+    assert outcomes == sorted(outcomes)
+    assert outcomes.count(False) > 10
+
+
+@pytest.mark.parametrize("kind", ["words", "subwords"])
+def test_a_full_disk_is_named_and_leaves_nothing(kind: str, tmp_path: Path) -> None:
+    text = write(tmp_path / "text", prose(3000))
+    for limit in (0, 100, 20_000):
+        error = ask(error_with_small_files, options_for(tmp_path / "dataset", text, kind), limit)
+        assert "cannot write (File too large); free space, or choose another disk" in error
+        assert str(tmp_path) in error
+        assert "\n" not in error
+        assert list(tmp_path.iterdir()) == [text]
+
+
+@pytest.mark.parametrize("kind", ["words", "bytes", pytest.param("subwords", marks=pytest.mark.nightly)])
+def test_memory_does_not_grow_with_the_text(kind: str, tmp_path: Path) -> None:
+    peaks, sizes = [], []
+    body = prose(500).replace("\n", " ")
+    for repeats in (6, 14):
+        numbered = (f"{number} {body}\n" for number in range(150 * repeats))
+        text = write(tmp_path / f"text{repeats}", "".join(numbered))
+        sizes.append(text.stat().st_size)
+        peaks.append(ask(peak_memory, options_for(tmp_path / f"dataset{repeats}", text, kind)))
+    assert sizes[1] - sizes[0] > 14 << 20
+    assert peaks[1] - peaks[0] < 10 << 20
