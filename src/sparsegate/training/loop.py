@@ -97,6 +97,7 @@ class Run:
         self.state = make_state(config)
         if config.training.init_from and not saved_steps(folder):
             start_from(self.state.model, Path(config.training.init_from), dataset)
+        self.saved: list[int] = []
         self.last_evaluation: Evaluation | None = None
 
     @property
@@ -112,6 +113,8 @@ class Run:
         progress = self.state.progress
         if progress.best_step:
             write_best(self.folder, step=progress.best_step, nll=progress.best_nll)
+        # Later ones are damaged, or it would have gone on from them: they take no good one's place.
+        self.saved = [step for step in saved_steps(self.folder) if step <= progress.step]
         # Also at step 0: the run may have died before its first checkpoint.
         self.reporter.resume_at(progress.step, next_batch=progress.batch_index)
         for message in warnings:
@@ -201,13 +204,13 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint; keep the newest ones and the best."""
         progress = self.state.progress
-        # A later one is a damaged one, passed over when the run was resumed.
-        before = [step for step in saved_steps(self.folder) if step < progress.step]
-        newest = before[: self.config.training.keep_checkpoints - 1]
+        newest = [step for step in self.saved if step != progress.step]
+        newest = newest[: self.config.training.keep_checkpoints - 1]
         with self.reporter.doing("saving"):
             self.state.save(checkpoints_of(self.folder), keep={*newest, progress.best_step})
             if progress.best_step:
                 write_best(self.folder, step=progress.best_step, nll=progress.best_nll)
+        self.saved = [progress.step, *newest]
 
 
 def make_batches(config: RunConfig, dataset: Dataset) -> ContinuousBatches | SentenceBatches:
