@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..recipes.registry import RECIPES
-from ..recipes.search import search
+from ..recipes.search import Trial, search
+from ..training.display import exp
 from .train import config
 from .verb import Parser, Verb
 
@@ -30,30 +31,42 @@ def run(args: Namespace) -> int:
     if not args.config.data:
         raise ValueError("--data: give the dataset to train on, a folder that `sparsegate prepare` made")
     console = Console(stderr=True)
-    trials = search(
-        args.config,
-        folder=args.out,
-        learning_rates=args.learning_rates,
-        dropouts=args.dropouts or [args.config.model.dropout],
-        console=console if console.is_terminal else None,
-        on_trial=lambda t: console.print(
-            f"learning rate {t.learning_rate:g}, dropout {t.dropout:g}: "
-            f"validation perplexity {math.exp(t.valid_nll):.2f}"
-        ),
-    )
-    table = Table(title=f"{args.name}, best first", title_justify="left")
+    try:
+        trials = search(
+            args.config,
+            folder=args.out,
+            learning_rates=args.learning_rates,
+            dropouts=args.dropouts or [args.config.model.dropout],
+            console=console if console.is_terminal else None,
+            on_trial=lambda t: console.print(
+                f"learning rate {t.learning_rate:g}, dropout {t.dropout:g}: "
+                f"validation perplexity {_perplexity(t)}"
+            ),
+        )
+    except KeyboardInterrupt:
+        console.print("stopped, and saved; the same command goes on")
+        return 0
+    Console().print(_table(args.name, trials))
+    return 0
+
+
+def _table(name: str, trials: list[Trial]) -> Table:
+    table = Table(title=f"{name}, best first", title_justify="left")
     for heading in ("learning rate", "dropout", "validation perplexity", "best step", "run"):
         table.add_column(heading, justify="right")
     for t in trials:
         table.add_row(
             f"{t.learning_rate:g}",
             f"{t.dropout:g}",
-            f"{math.exp(t.valid_nll):.2f}",
+            _perplexity(t),
             str(t.best_step),
             t.folder,
         )
-    Console().print(table)
-    return 0
+    return table
+
+
+def _perplexity(trial: Trial) -> str:
+    return f"{exp(trial.valid_nll):.2f}" if math.isfinite(trial.valid_nll) else "diverged"
 
 
 VERB = Verb(example=EXAMPLE, add_arguments=add_arguments, run=run, config=config)

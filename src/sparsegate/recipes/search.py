@@ -1,6 +1,8 @@
 """A small search: every pair of some learning rates and dropouts, each a run that can be resumed."""
 
+import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -10,12 +12,17 @@ from rich.console import Console
 from ..training.config import RunConfig
 from ..training.loop import train
 from ..training.overrides import to_json
+from ..training.step import NonFinite
 from ..training.storage import write_json_atomically
+from ..training.strict_json import Json
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One point of a search. valid_nll: the best over the run, nats per token on the validation split."""
+    """One point of a search.
+
+    valid_nll: the best over the run, nats per token on the validation split; infinity where it diverged.
+    """
 
     learning_rate: float
     dropout: float
@@ -35,30 +42,44 @@ def search(
 ) -> list[Trial]:
     """Train every pair, and return the trials, best first; `search.json` in the folder holds them as well.
 
-    A search that was stopped goes on where it stopped when it is started again. on_trial: is told each trial.
+    A pair whose training diverges is one of them, the last. on_trial: is told each trial.
+
+    Raises KeyboardInterrupt where a signal stopped a run: started again, the search goes on where it stopped.
     """
-    trials = []
-    for learning_rate, dropout in product(learning_rates, dropouts):
-        trial_folder = folder / f"lr-{learning_rate:g}-dropout-{dropout:g}"
-        trial_config = replace(
+    configs = [
+        replace(
             config,
             optim=replace(config.optim, learning_rate=learning_rate),
             model=replace(config.model, dropout=dropout),
         )
-        result = train(trial_config, folder=trial_folder, resume=True, console=console)
+        for learning_rate, dropout in product(learning_rates, dropouts)
+    ]
+    trials: list[Trial] = []
+    for trial_config in configs:
+        trials.append(_trial(trial_config, folder, console))
+        on_trial(trials[-1])
+        trials.sort(key=lambda trial: trial.valid_nll)
+        write_json_atomically(folder / "search.json", [_row(trial) for trial in trials])
+    return trials
+
+
+def _trial(config: RunConfig, folder: Path, console: Console | None) -> Trial:
+    """Train one pair, or go on with it."""
+    learning_rate, dropout = config.optim.learning_rate, config.model.dropout
+    name = f"lr-{learning_rate:g}-dropout-{dropout:g}"
+    valid_nll, best_step = math.inf, 0
+    with suppress(NonFinite):
+        result = train(config, folder=folder / name, resume=True, console=console)
         if result.stopped_by:
             raise KeyboardInterrupt
         progress = result.state.progress
-        trials.append(
-            Trial(
-                learning_rate=learning_rate,
-                dropout=dropout,
-                valid_nll=progress.best_nll,
-                best_step=progress.best_step,
-                folder=trial_folder.name,
-            )
-        )
-        on_trial(trials[-1])
-        trials.sort(key=lambda trial: trial.valid_nll)
-        write_json_atomically(folder / "search.json", [dict(to_json(trial)) for trial in trials])
-    return trials
+        if progress.best_step:
+            valid_nll, best_step = progress.best_nll, progress.best_step
+    return Trial(
+        learning_rate=learning_rate, dropout=dropout, valid_nll=valid_nll, best_step=best_step, folder=name
+    )
+
+
+def _row(trial: Trial) -> dict[str, Json]:
+    """JSON has no infinity: null where training diverged."""
+    return to_json(trial) | ({} if math.isfinite(trial.valid_nll) else {"valid_nll": None})

@@ -1,5 +1,6 @@
 """The training loop: a run from its configuration to its last checkpoint."""
 
+import math
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -196,7 +197,8 @@ class Run:
                 context=self.config.batches.context,
             )
         metrics, progress = result.metrics(), self.state.progress
-        if not progress.best_step or metrics["loss"] < progress.best_nll:
+        better = not progress.best_step or metrics["loss"] < progress.best_nll
+        if better and math.isfinite(metrics["loss"]):
             progress.best_step, progress.best_nll = progress.step, metrics["loss"]
         self.last_evaluation = result
         self.reporter.evaluation(progress.step, metrics)

@@ -1,0 +1,77 @@
+"""The paper's table 7, from what a plan counts."""
+
+import json
+
+import pytest
+import torch
+
+from sparsegate.cli.main import main
+from sparsegate.models import FeedForwardLM, MixtureLM, RecurrentLM, build
+from sparsegate.recipes.planner import plan
+from sparsegate.recipes.registry import RECIPES, recipe
+
+# name: ops per timestep (M), parameters without embedding and softmax (M), all parameters (billions)
+TABLE_7 = {
+    "lstm-2048-512": ("9.4", "9.4", "0.8"),
+    "4xlstm-512": ("8.4", "8.4", "0.8"),
+    "moe-1-wide": ("8.4", "8.4", "0.8"),
+    "moe-1-deep": ("8.4", "8.4", "0.8"),
+    "moe-4": ("8.4", "8.4", "0.8"),
+    "moe-32": ("8.4", "37.8", "0.9"),
+    "moe-256": ("8.7", "272.9", "1.1"),  # the paper prints 8.6 ops; its own formula gives 8.651
+}
+
+
+@pytest.mark.parametrize("name", TABLE_7)
+def test_table_7_comes_out_to_the_printed_digit(name: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", name, "--json"]) == 0
+    counted = json.loads(capsys.readouterr().out)
+    printed = (
+        f"{counted['ops_per_timestep'] / 1e6:.1f}",
+        f"{counted['parameters_without_embedding_and_softmax'] / 1e6:.1f}",
+        f"{counted['parameters'] / 1e9:.1f}",
+    )
+    assert printed == TABLE_7[name]
+
+
+@pytest.mark.parametrize("experts", [4, 32, 256])
+def test_a_mixture_is_counted_by_the_formula_of_the_paper(experts: int):
+    width, hidden, vocabulary = 512, 1024, 793_471
+    lstms, expert, gates = 2 * 8 * width**2, 2 * width * hidden, 2 * width * experts
+    counted = plan(recipe(f"moe-{experts}").model)
+    assert counted.ops_per_timestep == lstms + 4 * expert + gates
+    assert counted.ops_per_timestep_with_softmax == counted.ops_per_timestep + width * vocabulary
+    assert counted.parameters_without_embedding_and_softmax == lstms + experts * expert + gates
+    bias = vocabulary
+    tables = 2 * width * vocabulary + bias
+    assert counted.parameters == counted.parameters_without_embedding_and_softmax + tables
+
+
+COMMON = {"vocab_size": 11, "width": 6, "dropout": 0.1, "lstm_bias": True}
+SMALL = [
+    MixtureLM(**COMMON, lstm_units=6, num_experts=5, k=2, hidden=7),
+    FeedForwardLM(**COMMON, lstm_units=6, hidden=(7, 8)),
+    RecurrentLM(**COMMON, lstm_units=9, lstm_projection=6, num_layers=2),
+]
+
+
+@pytest.mark.parametrize("config", SMALL, ids=lambda config: config.kind)
+def test_parameters_are_those_of_the_model_that_is_built(config):
+    built = build(config)
+    assert plan(config).parameters == sum(p.numel() for p in built.parameters())
+    tables = built.embedding.weight.numel() + sum(p.numel() for p in built.softmax.parameters())
+    assert plan(config).parameters_without_embedding_and_softmax == plan(config).parameters - tables
+
+
+def test_planning_takes_no_memory_for_weights(monkeypatch: pytest.MonkeyPatch):
+    devices = set()
+    plain = torch.nn.Parameter.__new__
+
+    def noted(cls, data=None, requires_grad=True):
+        devices.add(data.device.type)
+        return plain(cls, data, requires_grad)
+
+    monkeypatch.setattr(torch.nn.Parameter, "__new__", noted)
+    for name in RECIPES:
+        plan(recipe(name).model)
+    assert devices == {"meta"}
