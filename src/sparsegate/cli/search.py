@@ -51,8 +51,8 @@ def run(args: Namespace) -> int:
 
 
 def _table(name: str, trials: list[Trial]) -> Table:
-    table = Table(title=f"{name}, best first", title_justify="left")
-    for heading in ("learning rate", "dropout", "validation perplexity", "best step", "run"):
+    table = Table(title=f"{name}, by validation perplexity, best first", title_justify="left")
+    for heading in ("learning rate", "dropout", "perplexity", "best step", "run"):
         table.add_column(heading, justify="right")
     for t in trials:
         table.add_row(
