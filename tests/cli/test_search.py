@@ -13,7 +13,7 @@ Capture = pytest.CaptureFixture[str]
 TINY = (
     "--model.width 8 --model.lstm-units 8 --model.hidden 8 --model.num-experts 4 --model.k 2 "
     "--training.steps 3 --batches.batch-size 2 --batches.num-steps 8 --optim.warmup-steps 1"
-).split()
+)
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words(data: Path, out: Path, *more: str) -> list[str]:
-    return ["search", "small-moe-4", "--data", str(data), "--out", str(out), *TINY, *more]
+    return ["search", "small-moe-4", "--data", str(data), "--out", str(out), *TINY.split(), *more]
 
 
 def test_the_table_has_the_best_first(data: Path, tmp_path: Path, capsys: Capture):

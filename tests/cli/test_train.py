@@ -14,7 +14,7 @@ Capture = pytest.CaptureFixture[str]
 TINY = (
     "--model.width 8 --model.lstm-units 8 --model.hidden 8 --model.num-experts 4 --model.k 2 "
     "--training.steps 4 --batches.batch-size 2 --batches.num-steps 8"
-).split()
+)
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words(data: Path, out: Path, *more: str, recipe: str = "small-moe-4") -> list[str]:
-    return ["train", recipe, "--data", str(data), "--out", str(out), *TINY, *more]
+    return ["train", recipe, "--data", str(data), "--out", str(out), *TINY.split(), *more]
 
 
 def test_a_recipe_is_trained_and_the_next_commands_are_named(data: Path, tmp_path: Path, capsys: Capture):
@@ -53,7 +53,7 @@ def test_the_folder_is_named_by_the_recipe_where_none_is_given(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    assert main(["train", "small-moe-4", "--data", str(data), *TINY]) == 0
+    assert main(["train", "small-moe-4", "--data", str(data), *TINY.split()]) == 0
     assert saved_steps(tmp_path / "runs" / "small-moe-4") == [4]
 
 
