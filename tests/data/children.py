@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,22 +40,19 @@ def make(options: Options) -> None:
     prepare(**options)
 
 
-def make_and_die(options: Options, at_call: int) -> None:
-    """Die of SIGKILL before the `at_call`-th system call that makes, syncs, renames or removes something."""
-    calls = 0
+def make_and_die(options: Options, at_change: int) -> None:
+    """Die of SIGKILL before the `at_change`-th file or folder is opened for writing, renamed or removed."""
+    changes = 0
 
-    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
-        def counted_call(*args: Any, **keywords: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == at_call:
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal changes
+        opened_for_writing = event == "open" and args[2] & os.O_ACCMODE != os.O_RDONLY
+        if opened_for_writing or event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir"):
+            changes += 1
+            if changes == at_change:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return call(*args, **keywords)
 
-        return counted_call
-
-    for name in ("mkdir", "fsync", "rename", "replace", "unlink", "rmdir"):
-        setattr(os, name, counted(getattr(os, name)))
+    sys.addaudithook(hook)
     prepare(**options)
 
 

@@ -161,6 +161,13 @@ def test_a_vocabulary_of_another_dataset_is_refused(directory: Path, tmp_path: P
     assert refusal(directory).startswith(f"{directory}/vocabulary.json: not the vocabulary of ")
 
 
+def test_a_vocabulary_of_the_same_words_with_other_counts_is_refused(directory: Path) -> None:
+    path = directory / "vocabulary.json"
+    change(path, lambda content: content.update(counts=content["counts"][::-1]))
+    load_vocabulary(path)
+    assert refusal(directory).startswith(f"{path}: damaged, its sha256 is ")
+
+
 def test_tokens_with_fitting_checksums_that_make_no_sense_are_refused(directory: Path) -> None:
     path = directory / "train.tokens"
     original = np.fromfile(path, dtype="<u2")

@@ -38,7 +38,7 @@ def test_what_exists_is_refused_and_stays(kind: str, tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match=message):
         refuse_existing(tmp_path / kind)
     with pytest.raises(FileExistsError, match=message), new_directory(tmp_path / kind):
-        pass
+        raise AssertionError
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -54,20 +54,22 @@ def test_of_two_that_write_the_same_directory_the_later_is_refused(tmp_path: Pat
 
 
 def test_what_a_dead_process_left_is_removed_and_other_things_stay(tmp_path: Path) -> None:
-    dead = tmp_path / ".tmp-target-0123abcd"
-    others = [
-        tmp_path / ".tmp-target[x]-0123abcd",
-        tmp_path / ".tmp-another-0123abcd",
-        tmp_path / ".tmp-target-file",
-    ]
-    for directory in (dead, *others[:2]):
-        directory.mkdir()
-        (directory / ".lock").touch()
-        (directory / "train.tokens").touch()
-    others[2].touch()
+    for name in ("target-0123abcd", "target[x]-0123abcd", "another-0123abcd"):
+        (tmp_path / f".tmp-{name}").mkdir()
+        (tmp_path / f".tmp-{name}/train.tokens").touch()
+        (tmp_path / f".tmp-{name}.lock").touch()
+    (tmp_path / ".tmp-target-45670123.lock").touch()
+    (tmp_path / ".tmp-target-unlocked").mkdir()
     with new_directory(tmp_path / "target"):
-        assert not dead.exists()
-    assert sorted(tmp_path.iterdir()) == sorted([*others, tmp_path / "target"])
+        assert not (tmp_path / ".tmp-target-0123abcd").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".tmp-another-0123abcd",
+        ".tmp-another-0123abcd.lock",
+        ".tmp-target-unlocked",
+        ".tmp-target[x]-0123abcd",
+        ".tmp-target[x]-0123abcd.lock",
+        "target",
+    ]
 
 
 def test_a_file_holds_the_old_content_or_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sparsegate.data import Dataset, TextOptions, prepare
@@ -26,6 +26,7 @@ def only(folder: Path) -> list[str]:
 
 
 @settings(max_examples=60)
+@example(several=["a\u0301 e\u0308 \u2126"], kind=("bytes", None), tokenized=False)
 @given(several=st.lists(lines, min_size=1, max_size=8), kind=st.sampled_from(KINDS), tokenized=st.booleans())
 def test_counts_and_tokens_are_those_of_plain_python(
     several: list[str],

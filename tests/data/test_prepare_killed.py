@@ -55,13 +55,13 @@ def test_a_kill_at_any_moment_leaves_a_complete_dataset_or_none(kills: int, tmp_
     assert survivors < kills
 
 
-def test_a_kill_before_any_change_of_the_disk_leaves_a_complete_dataset_or_none(tmp_path: Path) -> None:
+def test_a_kill_before_any_change_leaves_a_complete_dataset_or_none(tmp_path: Path) -> None:
     outcomes = []
-    for at_call in range(1, 100):
-        folder = tmp_path / str(at_call)
+    for at_change in range(1, 100):
+        folder = tmp_path / str(at_change)
         text = write(folder / "text", prose(200))
         output = folder / "dataset"
-        process = start(make_and_die, options_for(output, text, "bytes"), at_call)
+        process = start(make_and_die, options_for(output, text, "bytes"), at_change)
         process.join()
         outcomes.append(complete_or_absent(output))
         if process.exitcode == 0:

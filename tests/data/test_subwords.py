@@ -15,6 +15,12 @@ def test_training_twice_gives_the_same_merges() -> None:
     assert once.to_json() == again.to_json()
 
 
+def test_training_is_on_text_in_nfc() -> None:
+    decomposed = SubwordVocabulary.train([["e\u0301e\u0301 e\u0301e\u0301"]], size=300, normalization=PLAIN)
+    composed = SubwordVocabulary.train([["éé éé"]], size=300, normalization=PLAIN)
+    assert decomposed.to_json() == composed.to_json()
+
+
 def test_the_vocabulary_has_the_size_asked_for_or_what_the_text_gives() -> None:
     assert SubwordVocabulary.train(BATCHES, size=280, normalization=PLAIN).size == 280
     assert SubwordVocabulary.train([["ab ab"]], size=300, normalization=PLAIN).size == 258

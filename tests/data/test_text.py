@@ -144,9 +144,7 @@ def test_a_line_may_be_as_long_as_the_limit_and_no_longer(limit: int, tmp_path: 
 
 
 def test_a_damaged_gzip_file_is_refused(tmp_path: Path) -> None:
-    packed = gzip.compress(
-        "".join(f"line {number} {number**7}\n" for number in range(2000)).encode()
-    )
+    packed = gzip.compress("".join(f"line {number} {number**7}\n" for number in range(2000)).encode())
     for damaged in (packed[:-9], packed[:40] + b"\xff\xff\xff" + packed[43:], packed + b"rest"):
         assert refusal(write(tmp_path / "text.gz", damaged)).startswith(": damaged gzip file (")
 

@@ -1,7 +1,6 @@
 """Files that are complete or absent: sealed JSON, and directories that appear at once."""
 
 import fcntl
-import glob
 import hashlib
 import json
 import os
@@ -115,23 +114,35 @@ def new_directory(target: Path) -> Iterator[Path]:
     """
     refuse_existing(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    for left_behind in sorted(target.parent.glob(f".tmp-{glob.escape(target.name)}-*/{_LOCK}")):
-        with suppress(BlockingIOError), _locked(left_behind):
-            shutil.rmtree(left_behind.parent, ignore_errors=True)
+    _remove_what_the_dead_left(target)
     temporary = _temporary_beside(target)
-    temporary.mkdir()
-    try:
-        with _locked(temporary / _LOCK):
+    with _lock_of(temporary).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            temporary.mkdir()
             yield temporary
             fsync(temporary)
             refuse_existing(target)
             temporary.rename(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    (target / _LOCK).unlink()
-    fsync(target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            _lock_of(temporary).unlink(missing_ok=True)
     fsync(target.parent)
+
+
+def _remove_what_the_dead_left(target: Path) -> None:
+    """A lock ends with the process that holds it: what can be locked is nobody's."""
+    prefix = f".tmp-{target.name}-"
+    for path in sorted(target.parent.iterdir()):
+        if path.name.startswith(prefix) and path.suffix == _LOCK:
+            with suppress(BlockingIOError, FileNotFoundError), path.open("r") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+                path.unlink(missing_ok=True)
+
+
+def _lock_of(temporary: Path) -> Path:
+    return temporary.with_name(temporary.name + _LOCK)
 
 
 def refuse_existing(target: Path) -> None:
@@ -143,11 +154,3 @@ def refuse_existing(target: Path) -> None:
 
 def _temporary_beside(path: Path) -> Path:
     return path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`, which ends with the process. BlockingIOError if another process holds it."""
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
