@@ -1,4 +1,4 @@
-"""A configuration is refused when it is made, in one line that names the field, its value and what it may be."""
+"""A configuration is refused when it is made, in one line: the field, its value, and what it may be."""
 
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields, is_dataclass

@@ -1,5 +1,7 @@
 """Every draw of training is a pure function of the seed and the batch's index."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,7 +22,7 @@ def noise(
 def test_a_token_gets_the_same_draw_however_the_rows_are_split(cuts: list[int]):
     whole = noise()
     borders = [0, *sorted(cuts), 6]
-    parts = [noise(first_row=a, rows=b - a) for a, b in zip(borders, borders[1:], strict=False)]
+    parts = [noise(first_row=a, rows=b - a) for a, b in pairwise(borders)]
     for name, draws in whole.items():
         assert torch.equal(torch.cat([part[name] for part in parts]), draws)
 

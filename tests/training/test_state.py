@@ -1,4 +1,4 @@
-"""The state of a run goes into a checkpoint and comes back bit for bit; weights that do not fit are refused."""
+"""The state of a run comes back from a checkpoint bit for bit; weights that do not fit are refused."""
 
 import re
 from collections.abc import Callable
