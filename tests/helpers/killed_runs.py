@@ -19,7 +19,7 @@ from sparsegate.data import Dataset
 from sparsegate.models import MixtureLM
 from sparsegate.training.checkpoint import latest_checkpoint
 from sparsegate.training.config import ContinuousConfig, OptimConfig, RunConfig, TrainingConfig
-from sparsegate.training.loop import train
+from sparsegate.training.loop import Run, train
 from sparsegate.training.run_folder import checkpoints_of
 
 STEPS = 40
@@ -74,6 +74,7 @@ def attempt(config: RunConfig, folder: Path, after_s: float | None, *, in_save: 
     before = newest(folder)
     child = os.fork()
     if child == 0:
+        must_resume_at(before)
         train(config, folder=folder, resume=True)
         os._exit(0)
     killed = False
@@ -85,6 +86,17 @@ def attempt(config: RunConfig, folder: Path, after_s: float | None, *, in_save: 
     assert killed or status == 0, status
     assert newest(folder) >= before, "a completed checkpoint is gone"
     return status == 0
+
+
+def must_resume_at(step: int) -> None:
+    """A run that begins too early ends alike, since it is deterministic: so its beginning is looked at."""
+    plain = Run.resume_or_start
+
+    def resume_or_start(run: Run) -> None:
+        plain(run)
+        assert run.state.progress.step == step, f"resumed at {run.state.progress.step} instead of {step}"
+
+    Run.resume_or_start = resume_or_start
 
 
 def ends_before(child: int, folder: Path, after_s: float, *, in_save: bool) -> bool:

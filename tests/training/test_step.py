@@ -90,6 +90,45 @@ def test_the_loss_of_each_micro_batch_by_itself_is_another_loss():
     )
 
 
+def test_carried_state_goes_with_its_rows_however_they_are_split():
+    built, of = model(), replace(batch(), carries_state=True)
+    torch.manual_seed(2)
+    state = {
+        name: (torch.randn(1, ROWS, 6, dtype=torch.float64), torch.randn(1, ROWS, 6, dtype=torch.float64))
+        for name in ("lstm1", "lstm2")
+    }
+    whole = compute_gradient(built, of, state, config())
+    expected = gradients(built)
+    parts = compute_gradient(built, of, state, config(micro_batches=3))
+    for name, gradient in gradients(built).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12, msg=name)
+    assert compute_gradient(built, of, {}, config()).nll != pytest.approx(whole.nll, rel=1e-6)
+    for name, pair in whole.state.items():
+        for one, other in zip(pair, parts.state[name], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+            assert not other.requires_grad
+
+
+def test_with_dropout_the_second_pass_repeats_the_first_bit_for_bit(monkeypatch: pytest.MonkeyPatch):
+    built = model()
+    built.dropout.p = 0.5
+    seen = []
+    plain = LanguageModel.forward
+
+    def forward(*args: object, **keywords: object) -> object:
+        output = plain(*args, **keywords)  # type: ignore[arg-type]
+        seen.append((torch.is_grad_enabled(), output.hidden_BSD.detach()))
+        return output
+
+    monkeypatch.setattr(LanguageModel, "forward", forward)
+    result = compute_gradient(built, batch(), {}, config(micro_batches=2))
+    assert [with_graph for with_graph, _ in seen] == [False, False, True, True]
+    assert torch.equal(seen[0][1], seen[2][1])
+    assert torch.equal(seen[1][1], seen[3][1])
+    again = compute_gradient(built, batch(), {}, config(micro_batches=2))
+    assert (again.nll, again.balance, again.norm) == (result.nll, result.balance, result.norm)
+
+
 def test_the_gradient_is_the_slope_of_the_loss():
     built, of, run = model(), batch(padded=True), config(micro_batches=2)
     compute_gradient(built, of, {}, run)
