@@ -91,7 +91,6 @@ class TokenFile:
     """
 
     def __init__(self, *, directory: Path, split: str, manifest: SplitManifest, end_id: int) -> None:
-        self.split = split
         self.end_id = end_id
         self.manifest = manifest
         self.tokens_path = directory / f"{split}.tokens"

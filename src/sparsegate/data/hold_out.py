@@ -16,7 +16,7 @@ from .text import TextOptions, read_lines
 class SplitText:
     """The text of one split: the lines of `files` whose hash, from 0 to 1, is in [`first`, `last`)."""
 
-    split: str
+    name: str
     files: tuple[Path, ...]
     first: float = 0.0
     last: float = 1.0
@@ -51,7 +51,7 @@ def given_splits(files: Mapping[str, Sequence[Path]]) -> list[SplitText]:
                     f"{path}: given twice, for {split_of[path.resolve()]} and for {split}; give it once"
                 )
             split_of[path.resolve()] = split
-    return [SplitText(split=split, files=tuple(paths)) for split, paths in files.items() if paths]
+    return [SplitText(name=split, files=tuple(paths)) for split, paths in files.items() if paths]
 
 
 def hold_out_lines(files: Sequence[Path], shares: Mapping[str, float]) -> list[SplitText]:
@@ -59,9 +59,9 @@ def hold_out_lines(files: Sequence[Path], shares: Mapping[str, float]) -> list[S
     splits: list[SplitText] = []
     first = 0.0
     for split, share in shares.items():
-        splits.append(SplitText(split=split, files=tuple(files), first=first, last=first + share))
+        splits.append(SplitText(name=split, files=tuple(files), first=first, last=first + share))
         first += share
-    return [SplitText(split="train", files=tuple(files), first=first), *splits]
+    return [SplitText(name="train", files=tuple(files), first=first), *splits]
 
 
 def hold_out_files(files: Sequence[Path], shares: Mapping[str, float]) -> list[SplitText]:

@@ -64,8 +64,8 @@ def prepare(
         built = make(read(splits[0]))
         save_vocabulary(built, directory / VOCABULARY)
         parts = {
-            split.split: write_split(
-                directory, split.split, read(split), vocabulary=built, sources=_sources(split, splits)
+            split.name: write_split(
+                directory, split.name, read(split), vocabulary=built, sources=_sources(split, splits)
             )
             for split in splits
         }
