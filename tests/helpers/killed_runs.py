@@ -10,8 +10,10 @@ import random
 import signal
 import sys
 import time
+import traceback
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -74,9 +76,7 @@ def attempt(config: RunConfig, folder: Path, after_s: float | None, *, in_save: 
     before = newest(folder)
     child = os.fork()
     if child == 0:
-        must_resume_at(before)
-        train(config, folder=folder, resume=True)
-        os._exit(0)
+        train_and_leave(config, folder, before)
     killed = False
     if after_s is not None:
         killed = not ends_before(child, folder, after_s, in_save=in_save)
@@ -86,6 +86,19 @@ def attempt(config: RunConfig, folder: Path, after_s: float | None, *, in_save: 
     assert killed or status == 0, status
     assert newest(folder) >= before, "a completed checkpoint is gone"
     return status == 0
+
+
+def train_and_leave(config: RunConfig, folder: Path, step: int) -> NoReturn:
+    """Go on after `step`, and end this child in a way that cannot hang, as that of a forked Python can."""
+    code = 1
+    try:
+        must_resume_at(step)
+        train(config, folder=folder, resume=True)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
 
 
 def must_resume_at(step: int) -> None:

@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from sparsegate.cli.main import main
-from sparsegate.data import Dataset
-from sparsegate.models import RecurrentLM
+from sparsegate.data import Batch, Dataset
+from sparsegate.models import LanguageModel, RecurrentLM
 from sparsegate.models.softmax import FullSoftmax
 from sparsegate.training.checkpoint import checkpoint_name, latest_checkpoint, load_checkpoint
 from sparsegate.training.config import ContinuousConfig, RunConfig, SentencesConfig
 from sparsegate.training.log import read_log
 from sparsegate.training.loop import TrainResult, make_batches, make_state, train
 from sparsegate.training.run_folder import checkpoints_of, for_dataset, read_best, saved_steps
-from sparsegate.training.step import NonFinite
+from sparsegate.training.step import Gradient, NonFinite, State, compute_gradient
 from tests.helpers.killed_runs import tiny_run
 from tests.helpers.runs import LINES, make_dataset
 
@@ -324,3 +324,19 @@ def test_a_recurrent_model_trains_on_the_same_road(config: RunConfig, tmp_path: 
     model = RecurrentLM(vocab_size=1, width=8, lstm_units=16, lstm_projection=8, dropout=0.1, num_layers=1)
     result = train(replace(config, model=model), folder=tmp_path / "run")
     assert result.state.progress.step == 24
+
+
+def test_state_is_carried_within_an_epoch_and_begins_anew_with_the_next(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    carried: dict[int, bool] = {}
+
+    def noted(model: LanguageModel, batch: Batch, state: State, run: RunConfig) -> Gradient:
+        carried[batch.index] = bool(state)
+        return compute_gradient(model, batch, state, run)
+
+    monkeypatch.setattr("sparsegate.training.loop.compute_gradient", noted)
+    train(replace(config, batches=SHORT_EPOCHS["stream"]), folder=tmp_path / "stream")
+    assert carried == {index: index % EPOCH != 0 for index in range(24)}
+    train(replace(config, batches=SHORT_EPOCHS["sentence"]), folder=tmp_path / "sentence")
+    assert carried == dict.fromkeys(range(24), False)
