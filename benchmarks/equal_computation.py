@@ -104,7 +104,10 @@ def final_run(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
     if result_file.exists():
         return json.loads(result_file.read_text())
     started = time.monotonic()
-    state = train(config, folder=folder, resume=True).state
+    ended = train(config, folder=folder, resume=True)
+    if ended.stopped_by:
+        raise SystemExit(f"{folder}: saved on {ended.stopped_by}; the same command goes on")
+    state = ended.state
     hours = (time.monotonic() - started) / 3600
     dataset = Dataset.open(args.data)
     train_split = dataset.split("train")
