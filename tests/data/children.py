@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparsegate.data import TextOptions, prepare
+from sparsegate.data import TextOptions, prepare, text
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.data.children"])
@@ -57,7 +57,8 @@ def make_and_die(options: Options, at_change: int) -> None:
 
 
 def peak_memory(options: Options) -> int:
-    """The most memory, in bytes, that the process has held when the dataset is made."""
+    """The most memory, in bytes, that the process has held when the dataset is made of small reads."""
+    text.READ_BYTES = 1 << 15
     prepare(**options)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -73,11 +74,11 @@ def error_with_small_files(options: Options, limit: int) -> str:
     return ""
 
 
-def options_for(output: Path, text: Path, kind: str) -> Options:
+def options_for(output: Path, source: Path, kind: str) -> Options:
     size = {"subwords": 400}.get(kind)
     return {
         "output": output,
-        "train": [text],
+        "train": [source],
         "vocabulary": kind,
         "vocabulary_size": size,
         "valid_share": 0.1,
