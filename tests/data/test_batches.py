@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsegate.data import Batch, ContinuousBatches, SentenceBatches, TokenFile, evaluation_batches
+from sparsegate.data import Batch, ContinuousBatches, SentenceBatches, TokenFile
 from tests.data.making import dataset_of, prose
 
 
@@ -153,20 +153,6 @@ def test_continuous_rows_go_on_where_the_batch_before_ended(numbered: TokenFile)
     assert any(ring[first : first + len(joined)] == joined for first in range(len(stream)))
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 7, 5000])
-@pytest.mark.parametrize("num_steps", [1, 20, 10_000])
-def test_evaluation_covers_every_token_once_in_lanes(
-    batch_size: int, num_steps: int, numbered: TokenFile
-) -> None:
-    batches = list(evaluation_batches(numbered, batch_size=batch_size, num_steps=num_steps))
-    assert pairs_of(batches) == predecessors(numbered)
-    assert [batch.carries_state for batch in batches] == [index > 0 for index in range(len(batches))]
-    assert [batch.index for batch in batches] == list(range(len(batches)))
-    lanes = torch.cat([batch.target_BS for batch in batches], dim=1)
-    mask = torch.cat([batch.mask_BS for batch in batches], dim=1)
-    assert lanes[mask].tolist() == numbered.token_N.tolist()
-
-
 @given(
     lengths=st.lists(st.integers(0, 9), min_size=1, max_size=30),
     batch_words=st.integers(1, 40),
@@ -218,7 +204,7 @@ def test_impossible_batches_are_refused(numbered: TokenFile) -> None:
     with pytest.raises(ValueError, match=r"num_steps \(0\) must be at least 1"):
         ContinuousBatches(token_file=numbered, batch_size=1, num_steps=0, seed=0)
     with pytest.raises(ValueError, match=r"batch_size \(-1\) must be at least 1"):
-        next(evaluation_batches(numbered, batch_size=-1, num_steps=3))
+        ContinuousBatches(token_file=numbered, batch_size=-1, num_steps=3, seed=0)
     with pytest.raises(ValueError, match=r"max_length \(11\) must not exceed batch_words \(10\)"):
         SentenceBatches(token_file=numbered, batch_words=10, max_length=11, seed=0)
     with pytest.raises(ValueError, match=r"seed \(-1\) must not be negative"):

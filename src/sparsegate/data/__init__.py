@@ -3,7 +3,6 @@
 from .batches import Batch as Batch
 from .batches import ContinuousBatches as ContinuousBatches
 from .batches import SentenceBatches as SentenceBatches
-from .batches import evaluation_batches as evaluation_batches
 from .dataset import Dataset as Dataset
 from .dataset import TokenFile as TokenFile
 from .normalization import Normalization as Normalization

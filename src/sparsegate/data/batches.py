@@ -5,7 +5,6 @@ token of a sentence that is the end of the sentence before, so `end_id` also mea
 the first sentence as well.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -151,24 +150,6 @@ def _pieces(token_file: TokenFile, max_length: int) -> tuple[_Positions, _Positi
     first_N = np.repeat(np.cumsum(pieces_N) - pieces_N, pieces_N)
     piece_start_N = np.repeat(start_N, pieces_N) + (np.arange(len(first_N)) - first_N) * max_length
     return piece_start_N, np.minimum(max_length, np.repeat(end_N, pieces_N) - piece_start_N)
-
-
-def evaluation_batches(token_file: TokenFile, *, batch_size: int, num_steps: int) -> Iterator[Batch]:
-    """The split from its beginning, every token exactly once, in `batch_size` lanes of consecutive tokens.
-
-    State is carried over all batches. The lanes are as long as each other up to the last, so that only its
-    end is masked. Sums over all real tokens depend on `batch_size` only through what a model's state has not
-    seen: a lane begins with zero state, in the middle of the text. With `batch_size` 1 there is one lane and
-        no such loss.
-    """
-    _check_positive(batch_size=batch_size, num_steps=num_steps)
-    num_tokens = token_file.num_tokens
-    lane_length = -(-num_tokens // batch_size)
-    lane_start_B = np.arange(batch_size) * lane_length
-    for index, first in enumerate(range(0, lane_length, num_steps)):
-        step_S = np.arange(first, min(first + num_steps, lane_length))
-        position_BS = lane_start_B[:, None] + step_S
-        yield _batch(token_file, position_BS, position_BS < num_tokens, index > 0, index)
 
 
 def _check_positive(**values: int) -> None:

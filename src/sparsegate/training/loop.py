@@ -15,7 +15,7 @@ from ..optim.schedule import warmup_then_inverse_sqrt
 from .checkpoint import checkpoint_name, latest_checkpoint, load_checkpoint
 from .config import ContinuousConfig, RunConfig
 from .lock import run_lock
-from .noise import derived_seed
+from .noise import Draw, derived_seed
 from .reporter import Reporter
 from .run_folder import (
     VOCABULARY,
@@ -235,7 +235,7 @@ def make_batches(config: RunConfig, dataset: Dataset) -> ContinuousBatches | Sen
 
 def make_state(config: RunConfig) -> TrainState:
     """A fresh model with the weights that the seed gives, and its optimizer."""
-    torch.manual_seed(derived_seed(config.seed))
+    torch.manual_seed(derived_seed(Draw.WEIGHTS, config.seed))
     model = build(config.model).to(resolve_device(config.training.device))
     model.train()
     freeze(model, config.training.freeze)

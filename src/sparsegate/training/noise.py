@@ -1,15 +1,27 @@
 """The gates' noise and every other draw of training, as pure functions of the seed and the batch's index."""
 
 from collections.abc import Mapping
+from enum import IntEnum
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
-def derived_seed(*keys: int) -> int:
-    """A seed for torch from a tuple of integers: equal tuples give equal seeds, near ones unrelated seeds."""
-    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> 1)
+class Draw(IntEnum):
+    """What random numbers are drawn for; no two of these share a stream, whatever the other keys are."""
+
+    WEIGHTS = 1
+    GATE_NOISE = 2
+    DROPOUT = 3
+
+
+def derived_seed(draw: Draw, *keys: int) -> int:
+    """A seed for torch: equal arguments give equal seeds, near ones unrelated seeds.
+
+    A draw always brings the same number of keys: to NumPy a shorter tuple is one that ends in zeros.
+    """
+    return int(np.random.SeedSequence((draw, *keys)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def gate_noise(
@@ -25,7 +37,7 @@ def gate_noise(
     noise = {name: torch.empty(num_rows, num_steps, width) for name, width in noise_widths.items()}
     generator = torch.Generator()
     for row in range(num_rows if noise else 0):
-        generator.manual_seed(derived_seed(seed, batch_index, first_row + row))
+        generator.manual_seed(derived_seed(Draw.GATE_NOISE, seed, batch_index, first_row + row))
         for draws in noise.values():
             torch.randn(draws.shape[1:], generator=generator, out=draws[row])
     return noise

@@ -13,7 +13,7 @@ from ..models import LanguageModel, LanguageModelOutput
 from ..moe.losses import importance_loss, load_loss
 from ..moe.routing import BalanceSums
 from .config import LossConfig, RunConfig
-from .noise import derived_seed, gate_noise
+from .noise import Draw, derived_seed, gate_noise
 
 State = dict[str, tuple[Tensor, Tensor]]
 SumsByLayer = dict[str, BalanceSums]
@@ -185,7 +185,7 @@ def _micro_batches(
             mask_BS=batch.mask_BS[first:end].to(device),
             state={name: (h[:, first:end], c[:, first:end]) for name, (h, c) in state.items()},
             noise={name: draws.to(device) for name, draws in noise.items()},
-            seed=derived_seed(config.seed, batch.index, first, 1),
+            seed=derived_seed(Draw.DROPOUT, config.seed, batch.index, first),
         )
 
 
