@@ -121,3 +121,19 @@ def assert_saved(folder: Path, steps: list[int]) -> None:
         load_checkpoint(checkpoints_of(folder) / checkpoint_name(newest[0]))
     else:
         assert not steps or steps[-1] == 40  # before the first step of this run
+
+
+def test_training_in_another_thread_runs_and_leaves_the_handlers_alone(tmp_path: Path):
+    config = tiny_run(make_dataset(tmp_path / "text").directory)
+    before = [signal.getsignal(each) for each in SIGNALS]
+    ended: list[str] = []
+
+    def target() -> None:
+        result = train(config, folder=tmp_path / "run")
+        ended.append(result.stopped_by)
+
+    thread = threading.Thread(target=target)
+    thread.start()
+    thread.join()
+    assert ended == [""]
+    assert [signal.getsignal(each) for each in SIGNALS] == before

@@ -50,7 +50,8 @@ def run(args: Namespace) -> int:
 def _summary(result: TrainResult) -> str:
     progress, folder = result.state.progress, result.folder
     if result.stopped_by:
-        return f"saved at step {progress.step} on {result.stopped_by}; the same command with --resume goes on"
+        saved = f"saved at step {progress.step:,}" if progress.step else "left before the first step"
+        return f"{saved} on {result.stopped_by}; the same command with --resume goes on"
     skipped = f", {progress.skipped} batches skipped as not finite" if progress.skipped else ""
     return (
         f"{progress.step:,} steps, {progress.tokens:,} tokens{skipped}; best at step {progress.best_step:,}\n"
