@@ -27,7 +27,7 @@ from sparsegate.inspection.balance import balance_metrics
 from sparsegate.recipes.planner import plan
 from sparsegate.recipes.registry import recipe
 from sparsegate.recipes.search import Trial, search
-from sparsegate.training.config import RunConfig
+from sparsegate.training.config import RunConfig, SentencesConfig
 from sparsegate.training.loop import train
 from sparsegate.training.storage import write_json_atomically
 
@@ -55,6 +55,8 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Search, then the runs with every seed; one row of the table."""
     config = recipe(name)
     config = replace(config, data=str(args.data), seed=0)
+    if args.sentences:
+        config = replace(config, batches=SentencesConfig(batch_words=1024, max_length=64))
     best, tried = tune(shortened(config, args.search_steps), args)
     config = replace(
         shortened(config, args.steps),
@@ -160,6 +162,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument(
+        "--sentences",
+        action="store_true",
+        help="shuffled sentences of at most 64 tokens, each from a fresh state as in the paper, in place of "
+        "continuous text",
+    )
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--search-steps", type=int, default=500)
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[4e-3, 8e-3, 1.6e-2])
