@@ -12,9 +12,12 @@ if TYPE_CHECKING:
     from .moe.experts.modules import ModuleExperts as ModuleExperts
     from .moe.gating.noisy_topk import NoisyTopK as NoisyTopK
     from .moe.gating.softmax import Softmax as Softmax
+    from .moe.gating.topk import TopK as TopK
     from .moe.layer import MoE as MoE
     from .moe.losses import importance_loss as importance_loss
     from .moe.losses import load_loss as load_loss
+    from .moe.losses import switch_loss as switch_loss
+    from .moe.losses import z_loss as z_loss
     from .moe.routing import BalanceSums as BalanceSums
     from .moe.routing import Routing as Routing
     from .recipes.load import load as load
@@ -27,9 +30,12 @@ _HOMES = {
     "NoisyTopK": "moe.gating.noisy_topk",
     "Routing": "moe.routing",
     "Softmax": "moe.gating.softmax",
+    "TopK": "moe.gating.topk",
     "importance_loss": "moe.losses",
     "load": "recipes.load",
     "load_loss": "moe.losses",
+    "switch_loss": "moe.losses",
+    "z_loss": "moe.losses",
 }
 
 

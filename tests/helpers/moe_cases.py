@@ -12,6 +12,7 @@ from sparsegate.moe.experts.modules import ModuleExperts
 from sparsegate.moe.gating.gate import Gate
 from sparsegate.moe.gating.noisy_topk import NoisyTopK
 from sparsegate.moe.gating.softmax import Softmax
+from sparsegate.moe.gating.topk import TopK
 from sparsegate.moe.layer import MoE
 from sparsegate.moe.routing import Routing
 
@@ -36,7 +37,11 @@ GATES: dict[str, Callable[..., Gate]] = {
     "noisy_top1": lambda **kw: NoisyTopK(k=1, **kw),
     "noisy_all": lambda **kw: NoisyTopK(k=kw["num_experts"], noise_epsilon=1e-2, **kw),
     "softmax": lambda **kw: Softmax(**kw),
+    "topk": lambda **kw: TopK(k=2, **kw),
+    "switch": lambda **kw: TopK(k=1, renormalize=False, jitter=0.1, **kw),
 }
+# Gates whose weights of one token need not sum to 1.
+NOT_NORMALIZED = {"switch"}
 EXPERTS: dict[str, Callable[..., Experts]] = {
     "feed_forward": lambda **kw: FeedForward(hidden=4, **kw),
     "modules": lambda **kw: _modules(**kw),
@@ -99,8 +104,9 @@ def noise_for(gate: Gate, num_tokens: int, *, dtype: torch.dtype = torch.float64
 def a_routing(
     expert_TK: Tensor, weight_TK: Tensor, *, num_experts: int = NUM_EXPERTS, mask_T: Tensor | None = None
 ) -> Routing:
+    logit_TE = torch.zeros(len(expert_TK), num_experts, dtype=weight_TK.dtype)
     return Routing.of_token_choice(
-        expert_TK=expert_TK, weight_TK=weight_TK, mask_T=mask_T, num_experts=num_experts, load_E=None
+        logit_TE=logit_TE, expert_TK=expert_TK, weight_TK=weight_TK, mask_T=mask_T, load_E=None
     )
 
 

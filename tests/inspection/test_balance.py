@@ -19,6 +19,8 @@ def sums_of(importance, load, count) -> BalanceSums:
     return BalanceSums(
         importance_E=torch.as_tensor(importance, dtype=torch.float32),
         load_E=torch.as_tensor(load, dtype=torch.float32),
+        probability_E=torch.as_tensor(importance, dtype=torch.float32),
+        z=torch.tensor(0.0),
         count_E=torch.as_tensor(count, dtype=torch.int64),
         num_tokens=torch.tensor(int(np.sum(count))),
     )
@@ -101,6 +103,8 @@ def test_metrics_take_sums_that_carry_a_graph():
     graph = BalanceSums(
         importance_E=sums.importance_E.requires_grad_() * 1,
         load_E=sums.load_E.requires_grad_() * 1,
+        probability_E=sums.probability_E,
+        z=sums.z,
         count_E=sums.count_E,
         num_tokens=sums.num_tokens,
     )

@@ -1,9 +1,12 @@
 """The balance losses: squared variation, its gradient, and sums that are added before they are squared."""
 
+import math
+
 import pytest
 import torch
 
-from sparsegate.moe.losses import importance_loss, load_loss, squared_cv
+from sparsegate import TopK
+from sparsegate.moe.losses import importance_loss, load_loss, squared_cv, switch_loss, z_loss
 from tests.helpers import moe_oracle as oracle
 from tests.helpers.derivatives import assert_derivatives
 from tests.helpers.moe_cases import a_batch, a_moe, gradients
@@ -62,7 +65,7 @@ def test_sums_of_parts_add_up_to_the_whole_in_value_and_gradient():
     assert torch.equal(total.count_E, whole.sums.count_E)
     assert total.num_tokens == whole.sums.num_tokens == 12
     of = (batch.x_TD, moe.gate.w_gate, moe.gate.w_noise)
-    for loss in (importance_loss, load_loss):
+    for loss in (importance_loss, load_loss, switch_loss, z_loss):
         assert_close(loss(total), loss(whole))
         for our_gradient, their_gradient in zip(
             gradients(loss(total), *of), gradients(loss(whole), *of), strict=True
@@ -82,3 +85,39 @@ def test_the_load_of_evaluation_carries_no_gradient_and_importance_does():
     _, routing = moe(batch.x_TD)
     assert not load_loss(routing).requires_grad
     assert gradients(importance_loss(routing), moe.gate.w_gate)[0].any()
+
+
+def test_the_z_loss_is_the_mean_squared_log_sum_exp_of_real_tokens():
+    gate = TopK(width=3, num_experts=4, k=2, dtype=torch.float64)
+    x_TD = 3 * torch.randn(5, 3, dtype=torch.float64)
+    mask_T = torch.tensor([True, False, True, True, False])
+    logits = (x_TD @ gate.w_gate)[mask_T].tolist()
+    expected = sum(math.log(sum(math.exp(value) for value in row)) ** 2 for row in logits) / 3
+    assert_close(z_loss(gate(x_TD, mask_T)), torch.tensor(expected, dtype=torch.float64))
+    assert_derivatives(lambda x: z_loss(gate(x, mask_T)), x_TD.requires_grad_())
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_the_switch_loss_is_experts_times_share_times_mean_probability(k):
+    gate = TopK(width=3, num_experts=4, k=k, dtype=torch.float64)
+    x_TD = 3 * torch.randn(7, 3, dtype=torch.float64)
+    probability_TE = (x_TD @ gate.w_gate).softmax(dim=1).tolist()
+    share_E, mean_E = [0.0] * 4, [0.0] * 4
+    for row in probability_TE:
+        for expert in sorted(range(4), key=lambda i: -row[i])[:k]:
+            share_E[expert] += 1 / (7 * k)
+        for expert in range(4):
+            mean_E[expert] += row[expert] / 7
+    expected = 4 * sum(share * mean for share, mean in zip(share_E, mean_E, strict=True))
+    assert_close(switch_loss(gate(x_TD)), torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_the_switch_loss_is_1_at_balance_and_experts_over_k_at_collapse(k):
+    gate = TopK(width=4, num_experts=4, k=k, dtype=torch.float64)
+    gate.w_gate.data.copy_(torch.eye(4) + 0.5 * torch.eye(4).roll(1, dims=1))
+    one_hot_TD = torch.eye(4, dtype=torch.float64)
+    assert_close(switch_loss(gate(one_hot_TD.repeat(3, 1))), torch.tensor(1.0))
+    gate.w_gate.data.zero_()
+    gate.w_gate.data[:, :k] = 50.0
+    assert_close(switch_loss(gate(one_hot_TD)), torch.tensor(4.0 / k))

@@ -7,7 +7,17 @@ from torch.utils import _pytree as pytree
 from sparsegate.moe.routing import BalanceSums, Routing
 from tests.helpers.moe_cases import a_batch, a_moe, a_routing
 
-LEAVES = ["token_N", "expert_N", "weight_N", "importance_E", "count_E", "load_E", "num_tokens"]
+LEAVES = [
+    "token_N",
+    "expert_N",
+    "weight_N",
+    "importance_E",
+    "count_E",
+    "load_E",
+    "probability_E",
+    "z",
+    "num_tokens",
+]
 
 
 def some_routing() -> Routing:

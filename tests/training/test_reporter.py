@@ -41,6 +41,8 @@ def balance_at(step: int) -> dict[str, BalanceSums]:
     sums = BalanceSums(
         importance_E=torch.rand(4, generator=generator),
         load_E=count_E + 0.5,
+        probability_E=torch.rand(4, generator=generator),
+        z=torch.rand((), generator=generator),
         count_E=count_E,
         num_tokens=count_E.sum(),
     )
@@ -118,7 +120,12 @@ def test_a_step_that_is_not_logged_reads_nothing_from_the_device(tmp_path):
     """Reading a value off the meta device is an error, and so would this test be."""
     value = torch.tensor(1.0, device="meta")
     sums = BalanceSums(
-        importance_E=value, load_E=value, count_E=value.to(torch.int64), num_tokens=value.to(torch.int64)
+        importance_E=value,
+        load_E=value,
+        probability_E=value,
+        z=value,
+        count_E=value.to(torch.int64),
+        num_tokens=value.to(torch.int64),
     )
     with reporter(tmp_path, total_steps=9, log_every=5) as report:
         report.step(2, {"loss": value, "tokens": value.to(torch.int64)}, {"moe": sums})

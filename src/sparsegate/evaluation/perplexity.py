@@ -151,6 +151,8 @@ def _added(total: dict[str, BalanceSums], sums: dict[str, BalanceSums]) -> dict[
             importance_E=part.importance_E.to(torch.float64, copy=True),
             count_E=part.count_E.clone(),
             load_E=part.load_E.to(torch.float64, copy=True),
+            probability_E=part.probability_E.to(torch.float64, copy=True),
+            z=part.z.to(torch.float64, copy=True),
             num_tokens=part.num_tokens.clone(),
         )
         for name, part in sums.items()

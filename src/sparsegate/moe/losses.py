@@ -28,3 +28,25 @@ def load_loss(balance: Routing | BalanceSums) -> Tensor:
     carries no gradient.
     """
     return squared_cv(balance.sums.load_E)
+
+
+def z_loss(balance: Routing | BalanceSums) -> Tensor:
+    """Mean over the tokens of (log sum exp of the gate's logits)² (Zoph et al. 2022, eq. 5), unweighted.
+
+    It keeps logits small, and with them the rounding of the softmax; the usual weight is 0.001. 0 without
+    tokens. Noise is not a part of the logits.
+    """
+    sums = balance.sums
+    return sums.z / sums.num_tokens.clamp_min(1)
+
+
+def switch_loss(balance: Routing | BalanceSums) -> Tensor:
+    """E * sum over experts of (share of the pairs) * (mean probability) (Fedus et al. 2021, eq. 4 to 6).
+
+    Unweighted; the usual weight is 0.01. All k pairs of a token count, and the shares add up to 1, so that
+    perfect balance is 1 for any k. 0 without tokens. The gradient goes through the probabilities alone.
+    """
+    sums = balance.sums
+    probability_E = sums.probability_E / sums.num_tokens.clamp_min(1)
+    share_E = sums.count_E.to(probability_E.dtype) / sums.count_E.sum().clamp_min(1)
+    return sums.count_E.shape[0] * (share_E * probability_E).sum()

@@ -19,12 +19,17 @@ class BalanceSums:
     count_E: number of tokens sent to each expert, int64.
     load_E: smooth estimate of `count_E` (eq. 10), float, differentiable; the counts themselves where no
         smooth estimate exists (no noise, or every expert chosen).
+    probability_E: sum of the softmax over all experts, before any is chosen and without noise, float,
+        differentiable.
+    z: sum of the squared log-sum-exp of the same logits, float scalar, differentiable.
     num_tokens: number of real tokens, int64 scalar.
     """
 
     importance_E: Tensor
     count_E: Tensor
     load_E: Tensor
+    probability_E: Tensor
+    z: Tensor
     num_tokens: Tensor
 
     def __add__(self, other: "BalanceSums") -> "BalanceSums":
@@ -57,27 +62,35 @@ class Routing:
     @staticmethod
     def of_token_choice(
         *,
+        logit_TE: Tensor,
         expert_TK: Tensor,
         weight_TK: Tensor,
         mask_T: Tensor | None,
-        num_experts: int,
         load_E: Tensor | None,
     ) -> "Routing":
         """The routing in which every real token goes to the K experts of its row.
 
-        expert_TK: int64, no expert twice in a row. weight_TK: their weights. mask_T: bool, true for real
-        tokens. load_E: the smooth load where the gate has one, else the hard counts stand in for it.
+        logit_TE: scores of all experts, without noise. expert_TK: int64, no expert twice in a row.
+        weight_TK: their weights. mask_T: bool, true for real tokens. load_E: the smooth load where the gate
+        has one, else the hard counts stand in for it.
         """
         num_tokens, pairs_per_token = expert_TK.shape
+        num_experts = logit_TE.shape[1]
+        z_T1 = logit_TE.logsumexp(dim=-1, keepdim=True)
+        probability_TE = (logit_TE - z_T1).exp()
         if mask_T is not None:
             expert_TK = expert_TK.masked_fill(~mask_T[:, None], num_experts)
             weight_TK = weight_TK.masked_fill(~mask_T[:, None], 0.0)
+            probability_TE = probability_TE.masked_fill(~mask_T[:, None], 0.0)
+            z_T1 = z_T1.masked_fill(~mask_T[:, None], 0.0)
         expert_N, weight_N = expert_TK.flatten(), weight_TK.flatten()
         count_E = _sum_by_expert(torch.ones_like(expert_N), expert_N, num_experts)
         sums = BalanceSums(
             importance_E=_sum_by_expert(weight_N, expert_N, num_experts),
             count_E=count_E,
             load_E=count_E.to(weight_N.dtype) if load_E is None else load_E,
+            probability_E=probability_TE.sum(dim=0),
+            z=z_T1.square().sum(),
             num_tokens=count_E.new_full((), num_tokens) if mask_T is None else mask_T.sum(),
         )
         token_T = torch.arange(num_tokens, device=expert_N.device)
@@ -122,5 +135,5 @@ def _register(cls: type, tensor_fields: tuple[str, ...], static_fields: tuple[st
     )
 
 
-_register(BalanceSums, ("importance_E", "count_E", "load_E", "num_tokens"), ())
+_register(BalanceSums, tuple(f.name for f in fields(BalanceSums)), ())
 _register(Routing, ("token_N", "expert_N", "weight_N", "sums"), ("num_experts", "pairs_per_token"))

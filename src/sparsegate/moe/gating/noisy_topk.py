@@ -73,10 +73,10 @@ class NoisyTopK(Gate):
                 p_TE = probability_in_topk(clean_TE, std_TE, top_TK1, expert_TK)
                 load_E = (p_TE if mask_T is None else p_TE.masked_fill(~mask_T[:, None], 0.0)).sum(dim=0)
             return Routing.of_token_choice(
+                logit_TE=clean_TE,
                 expert_TK=expert_TK,
                 weight_TK=top_TK1[:, :k].softmax(dim=-1),
                 mask_T=mask_T,
-                num_experts=self.num_experts,
                 load_E=load_E,
             )
 

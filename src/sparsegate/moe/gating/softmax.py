@@ -45,12 +45,12 @@ class Softmax(Gate):
             raise ValueError("noise: softmax gating uses none; pass None")
         with autocast_off(x_TD.device):
             x_TD = without_padding(x_TD, mask_T).to(gate_dtype(x_TD, self.w_gate))
-            weight_TE = (x_TD @ self.w_gate.to(x_TD.dtype)).softmax(dim=-1)
+            logit_TE = x_TD @ self.w_gate.to(x_TD.dtype)
             expert_E = torch.arange(self.num_experts, device=x_TD.device)
             return Routing.of_token_choice(
+                logit_TE=logit_TE,
                 expert_TK=expert_E.expand(x_TD.shape[0], -1),
-                weight_TK=weight_TE,
+                weight_TK=logit_TE.softmax(dim=-1),
                 mask_T=mask_T,
-                num_experts=self.num_experts,
                 load_E=None,
             )
