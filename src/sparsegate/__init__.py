@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .moe.experts.feed_forward import FeedForward as FeedForward
     from .moe.experts.modules import ModuleExperts as ModuleExperts
+    from .moe.gating.hierarchical import Hierarchical as Hierarchical
     from .moe.gating.noisy_topk import NoisyTopK as NoisyTopK
     from .moe.gating.softmax import Softmax as Softmax
     from .moe.gating.topk import TopK as TopK
@@ -26,6 +27,7 @@ _HOMES = {
     "BalanceSums": "moe.routing",
     "FeedForward": "moe.experts.feed_forward",
     "ModuleExperts": "moe.experts.modules",
+    "Hierarchical": "moe.gating.hierarchical",
     "MoE": "moe.layer",
     "NoisyTopK": "moe.gating.noisy_topk",
     "Routing": "moe.routing",

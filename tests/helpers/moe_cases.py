@@ -10,14 +10,15 @@ from sparsegate.moe.experts.experts import Experts
 from sparsegate.moe.experts.feed_forward import FeedForward
 from sparsegate.moe.experts.modules import ModuleExperts
 from sparsegate.moe.gating.gate import Gate
+from sparsegate.moe.gating.hierarchical import Hierarchical
 from sparsegate.moe.gating.noisy_topk import NoisyTopK
 from sparsegate.moe.gating.softmax import Softmax
 from sparsegate.moe.gating.topk import TopK
 from sparsegate.moe.layer import MoE
 from sparsegate.moe.routing import Routing
 
-WIDTH = 6
-NUM_EXPERTS = 5
+WIDTH = 5
+NUM_EXPERTS = 6
 
 
 def _modules(*, width: int, num_experts: int, dtype: torch.dtype) -> ModuleExperts:
@@ -39,9 +40,12 @@ GATES: dict[str, Callable[..., Gate]] = {
     "softmax": lambda **kw: Softmax(**kw),
     "topk": lambda **kw: TopK(k=2, **kw),
     "switch": lambda **kw: TopK(k=1, renormalize=False, jitter=0.1, **kw),
+    "hierarchical": lambda **kw: Hierarchical(num_groups=3, k_primary=2, k_secondary=1, **kw),
 }
 # Gates whose weights of one token need not sum to 1.
 NOT_NORMALIZED = {"switch"}
+# Weights that are not computed for a token: those of the groups that were not chosen.
+NOT_MET = {"hierarchical": 2 * WIDTH * (NUM_EXPERTS // 3)}
 EXPERTS: dict[str, Callable[..., Experts]] = {
     "feed_forward": lambda **kw: FeedForward(hidden=4, **kw),
     "modules": lambda **kw: _modules(**kw),

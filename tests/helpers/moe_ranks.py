@@ -35,7 +35,7 @@ def build(kind: str) -> MoE:
 
 
 def whole_batch() -> Batch:
-    """Twelve tokens; the noise keeps them away from experts 3 and 4, that receive nothing."""
+    """Twelve tokens; the noise keeps them away from experts 3 to 5, that receive nothing."""
     torch.manual_seed(6)
     noise_TE = torch.randn(12, NUM_EXPERTS, dtype=torch.float64)
     noise_TE[:, 3:] = -1e3

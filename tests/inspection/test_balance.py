@@ -18,8 +18,11 @@ COUNTS = st.lists(st.integers(0, 10_000), min_size=1, max_size=64)
 def sums_of(importance, load, count) -> BalanceSums:
     return BalanceSums(
         importance_E=torch.as_tensor(importance, dtype=torch.float32),
-        load_E=torch.as_tensor(load, dtype=torch.float32),
-        probability_E=torch.as_tensor(importance, dtype=torch.float32),
+        within_load_E=torch.as_tensor(load, dtype=torch.float32),
+        group_load_A=torch.ones(1),
+        group_count_A=torch.ones(1, dtype=torch.int64),
+        within_probability_E=torch.as_tensor(importance, dtype=torch.float32),
+        group_probability_A=torch.ones(1),
         z=torch.tensor(0.0),
         count_E=torch.as_tensor(count, dtype=torch.int64),
         num_tokens=torch.tensor(int(np.sum(count))),
@@ -102,8 +105,11 @@ def test_metrics_take_sums_that_carry_a_graph():
     sums = random_sums(0, 4)
     graph = BalanceSums(
         importance_E=sums.importance_E.requires_grad_() * 1,
-        load_E=sums.load_E.requires_grad_() * 1,
-        probability_E=sums.probability_E,
+        within_load_E=sums.load_E.requires_grad_() * 1,
+        group_load_A=torch.ones(1),
+        group_count_A=torch.ones(1, dtype=torch.int64),
+        within_probability_E=sums.probability_E,
+        group_probability_A=torch.ones(1),
         z=sums.z,
         count_E=sums.count_E,
         num_tokens=sums.num_tokens,

@@ -193,8 +193,8 @@ def test_activation_checkpointing_replays_the_noise():
     [
         ((3, 2), None, r"mask: its shape \[3, 2\] must be \[2, 3\], to fit x"),
         ((1,), None, r"mask: its shape \[1\] must be \[2, 3\], to fit x"),
-        (None, (2, 3, 1), r"noise: its shape \[2, 3, 1\] must be \[2, 3, 5\], to fit x"),
-        (None, (6, 5), r"noise: its shape \[6, 5\] must be \[2, 3, 5\], to fit x"),
+        (None, (2, 3, 1), r"noise: its shape \[2, 3, 1\] must be \[2, 3, 6\], to fit x"),
+        (None, (6, 6), r"noise: its shape \[6, 6\] must be \[2, 3, 6\], to fit x"),
     ],
 )
 def test_a_mask_or_noise_that_would_broadcast_is_refused(mask_shape, noise_shape, message):

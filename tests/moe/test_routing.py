@@ -13,8 +13,11 @@ LEAVES = [
     "weight_N",
     "importance_E",
     "count_E",
-    "load_E",
-    "probability_E",
+    "within_load_E",
+    "group_load_A",
+    "group_count_A",
+    "within_probability_E",
+    "group_probability_A",
     "z",
     "num_tokens",
 ]
@@ -56,9 +59,9 @@ def test_routing_and_sums_are_values_that_cannot_be_changed():
 def test_a_token_that_is_not_real_is_no_pair_and_no_count():
     mask_T = torch.tensor([True, False, True])
     routing = a_routing(torch.tensor([[0, 1], [2, 3], [1, 4]]), torch.ones(3, 2), mask_T=mask_T)
-    assert routing.expert_N.tolist() == [0, 1, 5, 5, 1, 4]
+    assert routing.expert_N.tolist() == [0, 1, 6, 6, 1, 4]
     assert routing.weight_N.tolist() == [1, 1, 0, 0, 1, 1]
-    assert routing.sums.count_E.tolist() == routing.sums.load_E.tolist() == [1, 2, 0, 0, 1]
+    assert routing.sums.count_E.tolist() == routing.sums.load_E.tolist() == [1, 2, 0, 0, 1, 0]
     assert routing.sums.num_tokens == 2
 
 

@@ -40,8 +40,11 @@ def balance_at(step: int) -> dict[str, BalanceSums]:
     count_E = torch.randint(0, 9, (4,), generator=generator)
     sums = BalanceSums(
         importance_E=torch.rand(4, generator=generator),
-        load_E=count_E + 0.5,
-        probability_E=torch.rand(4, generator=generator),
+        within_load_E=count_E + 0.5,
+        group_load_A=torch.ones(1),
+        group_count_A=torch.ones(1, dtype=torch.int64),
+        within_probability_E=torch.rand(4, generator=generator),
+        group_probability_A=torch.ones(1),
         z=torch.rand((), generator=generator),
         count_E=count_E,
         num_tokens=count_E.sum(),
@@ -121,8 +124,11 @@ def test_a_step_that_is_not_logged_reads_nothing_from_the_device(tmp_path):
     value = torch.tensor(1.0, device="meta")
     sums = BalanceSums(
         importance_E=value,
-        load_E=value,
-        probability_E=value,
+        within_load_E=value,
+        group_load_A=torch.ones(1),
+        group_count_A=torch.ones(1, dtype=torch.int64),
+        within_probability_E=value,
+        group_probability_A=torch.ones(1),
         z=value,
         count_E=value.to(torch.int64),
         num_tokens=value.to(torch.int64),

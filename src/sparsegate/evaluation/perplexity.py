@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.utils import _pytree as pytree
 
 from ..decoding.inference import evaluation_mode
 from ..decoding.likelihood import groups_by_length, likelihoods, row_batches
@@ -146,18 +147,12 @@ def _sentences(text: Text, max_tokens: int) -> Iterator[_Rows]:
 
 def _added(total: dict[str, BalanceSums], sums: dict[str, BalanceSums]) -> dict[str, BalanceSums]:
     """In float64, outside of inference mode, so that the result is an ordinary tensor."""
-    exact = {
-        name: BalanceSums(
-            importance_E=part.importance_E.to(torch.float64, copy=True),
-            count_E=part.count_E.clone(),
-            load_E=part.load_E.to(torch.float64, copy=True),
-            probability_E=part.probability_E.to(torch.float64, copy=True),
-            z=part.z.to(torch.float64, copy=True),
-            num_tokens=part.num_tokens.clone(),
-        )
-        for name, part in sums.items()
-    }
+    exact = {name: pytree.tree_map(_exact, part) for name, part in sums.items()}
     return {name: total[name] + part if total else part for name, part in exact.items()}
+
+
+def _exact(value: torch.Tensor) -> torch.Tensor:
+    return value.to(torch.float64 if value.is_floating_point() else value.dtype, copy=True)
 
 
 def _exp(value: float) -> float:

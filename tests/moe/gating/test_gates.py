@@ -5,7 +5,16 @@ import torch
 
 from sparsegate.moe.losses import importance_loss, load_loss, switch_loss, z_loss
 from sparsegate.moe.routing import Routing
-from tests.helpers.moe_cases import GATES, NOT_NORMALIZED, NUM_EXPERTS, WIDTH, a_gate, gradients, noise_for
+from tests.helpers.moe_cases import (
+    GATES,
+    NOT_MET,
+    NOT_NORMALIZED,
+    NUM_EXPERTS,
+    WIDTH,
+    a_gate,
+    gradients,
+    noise_for,
+)
 from tests.helpers.tolerances import assert_close
 
 MASK_T = torch.tensor([True, True, False, True, False, True, True])
@@ -140,7 +149,9 @@ def test_no_token_has_no_pairs_and_sums_of_zero_with_a_path_for_the_gradient(nam
     assert loss == 0
     loss.backward()
     assert x_TD.grad.shape == (0, WIDTH)
-    assert not gate.w_gate.grad.any()
+    for parameter_name, parameter in gate.named_parameters():
+        if parameter_name.endswith("w_gate"):
+            assert not parameter.grad.any()
 
 
 @in_both_modes
@@ -173,9 +184,9 @@ def test_the_derivative_of_the_weights_and_sums_is_that_of_finite_differences(na
     assert torch.autograd.gradgradcheck(function, inputs, atol=1e-6, rtol=1e-6)
 
 
-def test_multiply_adds_count_every_weight_once(name):
+def test_multiply_adds_count_every_weight_that_a_token_meets_once(name):
     gate = a_gate(name)
-    assert gate.ops_per_token() == sum(p.numel() for p in gate.parameters())
+    assert gate.ops_per_token() == sum(p.numel() for p in gate.parameters()) - NOT_MET.get(name, 0)
 
 
 def test_a_step_changes_nothing_in_a_gate_without_a_balancing_state(name):

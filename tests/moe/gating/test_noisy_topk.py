@@ -14,8 +14,8 @@ from tests.helpers.tolerances import assert_close
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("k", 6, r"k \(6\) must be between 1 and num_experts \(5\)"),
-        ("k", 0, r"k \(0\) must be between 1 and num_experts \(5\)"),
+        ("k", 7, r"k \(7\) must be between 1 and num_experts \(6\)"),
+        ("k", 0, r"k \(0\) must be between 1 and num_experts \(6\)"),
         ("num_experts", 0, r"num_experts \(0\) must be at least 1"),
         ("noise_epsilon", -0.1, r"noise_epsilon \(-0.1\) must not be negative"),
         ("noise_epsilon", float("nan"), r"noise_epsilon \(nan\) must not be negative"),
@@ -65,20 +65,20 @@ def test_the_noise_of_a_vanished_deviation_is_zero_and_the_load_counts():
     gate = gate_with(1.0, -200.0)
     assert oracle.softplus(torch.tensor(-200.0)) == 0
     routing = gate(torch.ones(4, 1))
-    assert routing.sums.load_E.tolist() == routing.sums.count_E.tolist() == [0, 0, 0, 4, 4]
+    assert routing.sums.load_E.tolist() == routing.sums.count_E.tolist() == [0, 0, 0, 0, 4, 4]
 
 
 def test_equal_logits_without_noise_send_every_token_to_the_same_k_experts():
     gate = NoisyTopK(width=WIDTH, num_experts=NUM_EXPERTS, k=2).eval()
     routing = gate(torch.randn(50, WIDTH))
-    assert sorted(routing.sums.count_E.tolist()) == [0, 0, 0, 50, 50]
+    assert sorted(routing.sums.count_E.tolist()) == [0, 0, 0, 0, 50, 50]
     assert_close(routing.weight_N, torch.full((100,), 0.5))
     for loss in (importance_loss(routing), load_loss(routing)):
         assert_close(loss, torch.tensor(NUM_EXPERTS / 2 - 1))
 
 
 def test_tied_logits_count_each_chosen_expert_once():
-    """Membership goes by index: with noise zero all five values tie, two are in, and P is Phi(0) for all."""
+    """Membership goes by index: with noise zero all values tie, two are in, and P is Phi(0) for all."""
     gate = NoisyTopK(width=WIDTH, num_experts=NUM_EXPERTS, k=2)
     routing = gate(torch.randn(8, WIDTH), None, torch.zeros(8, NUM_EXPERTS))
     assert routing.sums.count_E.sum() == 16

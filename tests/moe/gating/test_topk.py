@@ -90,8 +90,8 @@ def test_a_fresh_gate_spreads_tokens_over_the_experts():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"k": 0}, r"k \(0\) must be between 1 and num_experts \(5\)"),
-        ({"k": 6}, r"k \(6\) must be between 1 and num_experts \(5\)"),
+        ({"k": 0}, r"k \(0\) must be between 1 and num_experts \(6\)"),
+        ({"k": 7}, r"k \(7\) must be between 1 and num_experts \(6\)"),
         ({"k": 1, "jitter": 1.0}, r"jitter \(1.0\) must be at least 0 and below 1"),
         ({"k": 1, "jitter": float("nan")}, r"jitter \(nan\) must be at least 0 and below 1"),
     ],

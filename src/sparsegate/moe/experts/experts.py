@@ -4,8 +4,8 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
+from ..dispatch import combine, dispatch, plan_rows
 from ..routing import Routing
-from .dispatch import combine, dispatch, plan_rows
 
 
 class Experts(nn.Module, ABC):

@@ -1,5 +1,7 @@
 """Noisy top-k gating (section 2.1 and appendix A of the paper)."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -56,29 +58,49 @@ class NoisyTopK(Gate):
         return 2 * self.w_gate.numel()
 
     def forward(self, x_TD: Tensor, mask_T: Tensor | None = None, noise: Tensor | None = None) -> Routing:
-        k = self.pairs_per_token
         with autocast_off(x_TD.device):
             x_TD = without_padding(x_TD, mask_T).to(gate_dtype(x_TD, self.w_gate))
             clean_TE = x_TD @ self.w_gate.to(x_TD.dtype)
-            std_TE, noisy_TE = None, clean_TE
+            std_TE = noise_TE = None
             if self.training:
                 std_TE = F.softplus(x_TD @ self.w_noise.to(x_TD.dtype)) + self.noise_epsilon
                 noise_TE = torch.randn_like(clean_TE) if noise is None else noise.to(x_TD.dtype)
-                noisy_TE = clean_TE + noise_TE * std_TE
-            # One value more than is kept: the load estimate needs the best value that is left out.
-            top_TK1, expert_TK1 = noisy_TE.topk(min(k + 1, self.num_experts), dim=-1)
-            expert_TK = expert_TK1[:, :k]
+            choice = choose(clean_TE, std_TE, noise_TE, k=self.pairs_per_token)
             load_E = None
-            if std_TE is not None and k < self.num_experts:
-                p_TE = probability_in_topk(clean_TE, std_TE, top_TK1, expert_TK)
+            if choice.in_topk_TE is not None:
+                p_TE = choice.in_topk_TE
                 load_E = (p_TE if mask_T is None else p_TE.masked_fill(~mask_T[:, None], 0.0)).sum(dim=0)
             return Routing.of_token_choice(
                 logit_TE=clean_TE,
-                expert_TK=expert_TK,
-                weight_TK=top_TK1[:, :k].softmax(dim=-1),
+                expert_TK=choice.expert_TK,
+                weight_TK=choice.weight_TK,
                 mask_T=mask_T,
                 load_E=load_E,
             )
+
+
+class Choice(NamedTuple):
+    """Of each token (or each pair of token and group): its k experts, their weights, and P(x, i) of eq. 8.
+
+    in_topk_TE: None without noise, and where every expert is chosen.
+    """
+
+    expert_TK: Tensor
+    weight_TK: Tensor
+    in_topk_TE: Tensor | None
+
+
+def choose(clean_TE: Tensor, std_TE: Tensor | None, noise_TE: Tensor | None, *, k: int) -> Choice:
+    """Eq. 3 to 5, 8 and 9 from logits, the noise's standard deviation and its draws; None: no noise."""
+    num_experts = clean_TE.shape[1]
+    noisy_TE = clean_TE if std_TE is None or noise_TE is None else clean_TE + noise_TE * std_TE
+    # One value more than is kept: the load estimate needs the best value that is left out.
+    top_TK1, expert_TK1 = noisy_TE.topk(min(k + 1, num_experts), dim=-1)
+    expert_TK = expert_TK1[:, :k]
+    in_topk_TE = None
+    if std_TE is not None and k < num_experts:
+        in_topk_TE = probability_in_topk(clean_TE, std_TE, top_TK1, expert_TK)
+    return Choice(expert_TK, top_TK1[:, :k].softmax(dim=-1), in_topk_TE)
 
 
 def probability_in_topk(clean_TE: Tensor, std_TE: Tensor, top_TK1: Tensor, chosen_TK: Tensor) -> Tensor:

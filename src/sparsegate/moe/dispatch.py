@@ -1,4 +1,7 @@
-"""Rows in expert order, and back: the plan of a routing, dispatch, combine."""
+"""Rows in expert order, and back: the plan of a routing, dispatch, combine.
+
+Experts use it for their tokens, a hierarchical gate for the tokens of its groups.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..precision import autocast_off
-from ..routing import Routing
+from .precision import autocast_off
+from .routing import Routing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,11 @@ def dispatch(x_TD: Tensor, plan: Plan) -> Tensor:
     return _Gather.apply(x_TD, plan.token_N, plan.row_N, plan.pairs_per_token)
 
 
+def in_pair_order(rows_ND: Tensor, plan: Plan) -> Tensor:
+    """Rows put back in the order of the routing's pairs."""
+    return _Permute.apply(rows_ND, plan.row_N, plan.order_N)
+
+
 def combine(rows_ND: Tensor, plan: Plan, weight_N: Tensor) -> Tensor:
     """Sum each token's rows, multiplied by the gate's weights, in the wider dtype of the two: y_TD.
 
@@ -53,7 +61,7 @@ def combine(rows_ND: Tensor, plan: Plan, weight_N: Tensor) -> Tensor:
     pairs: it is deterministic, and no weighted copy of the rows is made. Autocast would narrow it.
     """
     dtype = torch.promote_types(rows_ND.dtype, weight_N.dtype)
-    pairs_ND = _Permute.apply(rows_ND, plan.row_N, plan.order_N).to(dtype)
+    pairs_ND = in_pair_order(rows_ND, plan).to(dtype)
     weight_T1K = weight_N.to(dtype).unflatten(0, (-1, 1, plan.pairs_per_token))
     with autocast_off(rows_ND.device):
         return torch.bmm(weight_T1K, pairs_ND.unflatten(0, (-1, plan.pairs_per_token))).squeeze(1)

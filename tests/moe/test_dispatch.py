@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.autograd.gradcheck import GradcheckError
 
-from sparsegate.moe.experts import dispatch as dispatching
-from sparsegate.moe.experts.dispatch import combine, dispatch, plan_rows
+from sparsegate.moe import dispatch as dispatching
+from sparsegate.moe.dispatch import combine, dispatch, plan_rows
 from tests.helpers.derivatives import assert_derivatives, off_by_a_factor
 from tests.helpers.moe_cases import NUM_EXPERTS, WIDTH, a_routing
 from tests.helpers.tolerances import assert_close

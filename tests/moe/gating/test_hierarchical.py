@@ -1,0 +1,183 @@
+"""Equations 12 to 14 as they read, loops over tokens and groups, against the grouped computation."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsegate import FeedForward, Hierarchical, MoE, importance_loss, load_loss
+from sparsegate.moe.gating.noisy_topk import NoisyTopK
+from tests.helpers import moe_oracle as oracle
+from tests.helpers.moe_cases import gradients
+from tests.helpers.tolerances import assert_close
+
+WIDTH, NUM_GROUPS, GROUP_SIZE, NUM_TOKENS = 5, 4, 3, 11
+
+
+def a_hierarchy(*, k_primary: int = 2, k_secondary: int = 2) -> Hierarchical:
+    gate = Hierarchical(
+        width=WIDTH,
+        num_experts=NUM_GROUPS * GROUP_SIZE,
+        num_groups=NUM_GROUPS,
+        k_primary=k_primary,
+        k_secondary=k_secondary,
+        dtype=torch.float64,
+    )
+    for parameter in gate.parameters():
+        torch.nn.init.normal_(parameter, std=0.7)
+    return gate
+
+
+def tokens_and_noise(gate: Hierarchical) -> tuple[Tensor, Tensor]:
+    x_TD = torch.randn(NUM_TOKENS, WIDTH, dtype=torch.float64, requires_grad=True)
+    return x_TD, torch.randn(NUM_TOKENS, gate.noise_width, dtype=torch.float64)
+
+
+def as_they_read(gate: Hierarchical, x_TD: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """G(x)_ij [T, E], Importance_H [E] and Load_H [E], in training."""
+    primary, secondary = gate.primary, gate.secondary
+    k_primary, k_secondary = primary.pairs_per_token, secondary.k
+    clean_TA, std_TA, noisy_TA = oracle.noisy_logits(
+        x_TD, primary.w_gate, primary.w_noise, noise[:, :NUM_GROUPS]
+    )
+    groups_TA = oracle.gates(noisy_TA, k_primary)
+    if k_primary < NUM_GROUPS:
+        load_A = oracle.probability_in_topk(clean_TA, std_TA, noisy_TA, k_primary).sum(dim=0)
+    else:
+        load_A = torch.full((NUM_GROUPS,), float(NUM_TOKENS), dtype=torch.float64)
+    gates_TE = x_TD.new_zeros(NUM_TOKENS, NUM_GROUPS * GROUP_SIZE)
+    loads = []
+    for group in range(NUM_GROUPS):
+        load_B, reached = x_TD.new_zeros(GROUP_SIZE), 0
+        for token in range(NUM_TOKENS):
+            chosen = oracle.keep_topk(noisy_TA[token], k_primary)
+            if group not in chosen:
+                continue
+            reached += 1
+            first = NUM_GROUPS + chosen.index(group) * GROUP_SIZE
+            clean_1B, std_1B, noisy_1B = oracle.noisy_logits(
+                x_TD[token : token + 1],
+                secondary.w_gate[group],
+                secondary.w_noise[group],
+                noise[token : token + 1, first : first + GROUP_SIZE],
+            )
+            within_1B = oracle.gates(noisy_1B, k_secondary)
+            place_TE = torch.zeros_like(gates_TE)
+            place_TE[token, group * GROUP_SIZE : (group + 1) * GROUP_SIZE] = 1
+            gates_TE = gates_TE + place_TE * (groups_TA[token, group] * within_1B).repeat(1, NUM_GROUPS)
+            if k_secondary < GROUP_SIZE:
+                load_B = load_B + oracle.probability_in_topk(clean_1B, std_1B, noisy_1B, k_secondary)[0]
+            else:
+                load_B = load_B + 1
+        loads.append(load_A[group] * load_B / max(reached, 1))
+    return gates_TE, gates_TE.sum(dim=0), torch.cat(loads)
+
+
+@pytest.mark.parametrize(("k_primary", "k_secondary"), [(1, 1), (2, 2), (1, 3), (4, 2), (4, 3)])
+def test_gates_importance_and_load_are_eq_12_13_and_14_in_value_and_gradient(k_primary, k_secondary):
+    gate = a_hierarchy(k_primary=k_primary, k_secondary=k_secondary)
+    x_TD, noise = tokens_and_noise(gate)
+    gates_TE, importance_E, load_E = as_they_read(gate, x_TD, noise)
+    routing = gate(x_TD, None, noise)
+    ours_TE = torch.zeros_like(gates_TE).index_put((routing.token_N, routing.expert_N), routing.weight_N)
+    assert_close(ours_TE, gates_TE)
+    assert_close(routing.sums.importance_E, importance_E)
+    assert_close(routing.sums.load_E, load_E)
+    of = (x_TD, *gate.parameters())
+    cotangents = torch.randn(2, gate.num_experts, dtype=torch.float64)
+    ours = (ours_TE**2).sum() + (
+        torch.stack([routing.sums.importance_E, routing.sums.load_E]) * cotangents
+    ).sum()
+    theirs = (gates_TE**2).sum() + (torch.stack([importance_E, load_E]) * cotangents).sum()
+    for our_gradient, their_gradient in zip(gradients(ours, *of), gradients(theirs, *of), strict=True):
+        assert_close(our_gradient, their_gradient)
+
+
+def test_the_output_is_eq_12_the_dense_double_sum():
+    gate = a_hierarchy()
+    x_TD, noise = tokens_and_noise(gate)
+    experts = FeedForward(width=WIDTH, hidden=4, num_experts=gate.num_experts, dtype=torch.float64)
+    y_TD, _ = MoE(gate=gate, experts=experts)(x_TD, None, noise)
+    gates_TE, _, _ = as_they_read(gate, x_TD, noise)
+    assert_close(y_TD, oracle.mixture(x_TD, gates_TE, oracle.feed_forward(experts.w_in, experts.w_out)))
+
+
+def test_one_group_is_the_flat_gate():
+    gate = Hierarchical(width=WIDTH, num_experts=6, num_groups=1, k_primary=1, k_secondary=2).double()
+    flat = NoisyTopK(width=WIDTH, num_experts=6, k=2, dtype=torch.float64)
+    for name in ("w_gate", "w_noise"):
+        weight = torch.randn(WIDTH, 6, dtype=torch.float64)
+        getattr(flat, name).data.copy_(weight)
+        getattr(gate.secondary, name).data[0].copy_(weight)
+    x_TD, noise = tokens_and_noise(gate)
+    ours, theirs = gate(x_TD, None, noise), flat(x_TD, None, noise[:, 1:])
+    assert torch.equal(ours.expert_N, theirs.expert_N)
+    assert_close(ours.weight_N, theirs.weight_N)
+    assert_close(ours.sums.load_E, theirs.sums.load_E)
+    assert_close(ours.sums.probability_E, theirs.sums.probability_E)
+
+
+def test_the_load_in_expectation_is_the_count_and_in_evaluation_it_is_the_count():
+    gate = a_hierarchy()
+    x_TD, _ = tokens_and_noise(gate)
+    with torch.no_grad():
+        sums = [gate(x_TD).sums for _ in range(3000)]
+        mean_load_E = torch.stack([s.load_E for s in sums]).mean(dim=0)
+        mean_count_E = torch.stack([s.count_E.double() for s in sums]).mean(dim=0)
+        assert (mean_load_E - mean_count_E).abs().max() < 0.35
+        routing = gate.eval()(x_TD)
+    assert_close(routing.sums.load_E, routing.sums.count_E)
+    assert routing.sums.count_E.sum() == 4 * NUM_TOKENS
+
+
+def test_micro_batches_add_to_the_whole_in_losses_and_gradients_and_quotients_would_not():
+    gate = a_hierarchy()
+    x_TD, noise = tokens_and_noise(gate)
+    whole = gate(x_TD, None, noise).sums
+    first, second = (gate(x_TD[part], None, noise[part]).sums for part in (slice(0, 4), slice(4, None)))
+    total = first + second
+    for loss in (importance_loss, load_loss):
+        assert_close(loss(total), loss(whole))
+        for ours, theirs in zip(
+            gradients(loss(total), x_TD, *gate.parameters()),
+            gradients(loss(whole), x_TD, *gate.parameters()),
+            strict=True,
+        ):
+            assert_close(ours, theirs)
+    assert (first.load_E + second.load_E - whole.load_E).abs().max() > 1e-3
+
+
+def test_the_load_reaches_the_primary_gate():
+    """What the product of eq. 14 is for: Load_i(X^(i)) alone has no gradient there."""
+    gate = a_hierarchy()
+    x_TD, noise = tokens_and_noise(gate)
+    assert gradients(load_loss(gate(x_TD, None, noise)), gate.primary.w_gate)[0].any()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"num_groups": 5}, r"num_groups \(5\) must divide num_experts \(12\)"),
+        ({"num_groups": 0}, r"num_groups \(0\) must divide num_experts \(12\)"),
+        ({"k_primary": 5}, r"k_primary \(5\) must be between 1 and num_groups \(4\)"),
+        ({"k_secondary": 4}, r"k_secondary \(4\) must be between 1 and the experts of a group \(3\)"),
+        ({"k_secondary": 0}, r"k_secondary \(0\) must be between 1 and the experts of a group \(3\)"),
+    ],
+)
+def test_a_hierarchy_that_cannot_be_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Hierarchical(
+            **{"width": 5, "num_experts": 12, "num_groups": 4, "k_primary": 2, "k_secondary": 2, **wrong}
+        )
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "num_groups", "millions"),
+    [(256, 16, 8.438), (1024, 16, 8.536), (4096, 16, 8.929)],
+)
+def test_multiply_adds_are_those_of_table_7(num_experts, num_groups, millions):
+    """Beside the gate: two LSTMs of 2.097 million and four experts of 1.049 million each."""
+    gate = Hierarchical(
+        width=512, num_experts=num_experts, num_groups=num_groups, k_primary=2, k_secondary=2, device="meta"
+    )
+    others = 2 * 4 * (512 + 512) * 512 + 4 * 2 * 512 * 1024
+    assert round((gate.ops_per_token() + others) / 1e6, 3) == millions
