@@ -125,10 +125,10 @@ def test_a_step_that_is_not_logged_reads_nothing_from_the_device(tmp_path):
     sums = BalanceSums(
         importance_E=value,
         within_load_E=value,
-        group_load_A=torch.ones(1),
-        group_count_A=torch.ones(1, dtype=torch.int64),
+        group_load_A=value,
+        group_count_A=value.to(torch.int64),
         within_probability_E=value,
-        group_probability_A=torch.ones(1),
+        group_probability_A=value,
         z=value,
         count_E=value.to(torch.int64),
         num_tokens=value.to(torch.int64),

@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sparsegate import MoE, TopK
 from sparsegate.data import Batch
 from sparsegate.models import LanguageModel, MixtureLM, build
+from sparsegate.models.layers import Mixture
 from sparsegate.moe.losses import importance_loss, load_loss
 from sparsegate.training.config import ContinuousConfig, LossConfig, RunConfig, TrainingConfig
 from sparsegate.training.noise import gate_noise
@@ -78,6 +80,20 @@ def test_micro_batches_give_the_gradient_of_the_joined_batch(micro_batches: int,
     loss = plain_loss(built, of, run).item()
     assert result.nll + result.balance == pytest.approx(loss, rel=1e-12)
     assert result.num_tokens == int(of.mask_BS.sum())
+
+
+def test_so_they_do_with_a_gate_that_draws_no_noise():
+    built, of, run = model(), batch(), config()
+    width, num_experts = built.layers["moe"].moe.gate.w_gate.shape
+    gate = TopK(width=width, num_experts=num_experts, k=2, dtype=torch.float64)
+    built.layers["moe"] = Mixture(MoE(gate=gate, experts=built.layers["moe"].moe.experts))
+    assert built.noise_widths() == {}
+    whole = compute_gradient(built, of, {}, run)
+    expected = gradients(built)
+    parts = compute_gradient(built, of, {}, config(micro_batches=4))
+    assert parts.balance == pytest.approx(whole.balance, rel=1e-12)
+    for name, gradient in gradients(built).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12, msg=name)
 
 
 def test_the_loss_of_each_micro_batch_by_itself_is_another_loss():

@@ -82,6 +82,10 @@ class LanguageModel(nn.Module):
         """The layers between embedding and softmax, in order."""
         return cast(Iterable[tuple[str, Layer]], self.layers.items())
 
+    def has_mixtures(self) -> bool:
+        """Whether any layer routes, and so has balance losses."""
+        return any(layer.routes for _, layer in self.named_layers())
+
     def noise_widths(self) -> dict[str, int]:
         """Standard normal draws per token that each layer's gate uses in training, by layer name."""
         return {name: layer.noise_width for name, layer in self.named_layers() if layer.noise_width}

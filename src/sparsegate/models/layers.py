@@ -26,8 +26,12 @@ class LayerOutput:
 
 
 class Layer(nn.Module, ABC):
-    """Maps [B, S, width] to [B, S, width]. noise_width: standard normal draws per token, mostly 0."""
+    """Maps [B, S, width] to [B, S, width].
 
+    routes: whether its output has a routing. noise_width: standard normal draws per token, mostly 0.
+    """
+
+    routes: bool = False
     noise_width: int = 0
 
     @abstractmethod
@@ -86,6 +90,8 @@ class Recurrent(Layer):
 
 class Mixture(Layer):
     """sigmoid(MoE(x)) (appendix C.1), applied to all time steps at once (section 3.1, "convolutionality")."""
+
+    routes = True
 
     def __init__(self, moe: MoE) -> None:
         super().__init__()

@@ -34,7 +34,7 @@ def z_loss(balance: Routing | BalanceSums) -> Tensor:
     """Mean over the tokens of (log sum exp of the gate's logits)² (Zoph et al. 2022, eq. 5), unweighted.
 
     It keeps logits small, and with them the rounding of the softmax; the usual weight is 0.001. 0 without
-    tokens. Noise is not a part of the logits.
+    tokens. The noise of eq. 4 is not in these logits; a jittered input is.
     """
     sums = balance.sums
     return sums.z / sums.num_tokens.clamp_min(1)

@@ -23,7 +23,7 @@ class BalanceSums:
     group_load_A: the same of the groups of a hierarchy; a flat gate is one group that every token reaches.
     group_count_A: number of tokens that reached each group, int64.
     within_probability_E: sum of the softmax over all experts of a group, before any is chosen and without
-        noise, over the same tokens, float, differentiable.
+        the noise of eq. 4, over the same tokens, float, differentiable.
     group_probability_A: the same of the groups, over all tokens.
     z: sum of the squared log-sum-exp of the same logits, float scalar, differentiable. In a hierarchy both
         levels are in it.
@@ -92,9 +92,9 @@ class Routing:
     ) -> "Routing":
         """The routing in which every real token goes to the K experts of its row.
 
-        logit_TE: scores of all experts, without noise. expert_TK: int64, no expert twice in a row.
-        weight_TK: their weights. mask_T: bool, true for real tokens. load_E: the smooth load where the gate
-        has one, else the hard counts stand in for it.
+        logit_TE: scores of all experts, without the noise of eq. 4. expert_TK: int64, no expert twice in a
+        row. weight_TK: their weights. mask_T: bool, true for real tokens. load_E: the smooth load where the
+        gate has one, else the hard counts stand in for it.
         """
         num_experts = logit_TE.shape[1]
         z_T1 = logit_TE.logsumexp(dim=-1, keepdim=True)

@@ -67,7 +67,7 @@ def compute_gradient(model: LanguageModel, batch: Batch, state: State, config: R
     num_tokens = int(batch.mask_BS.sum())
     parts = list(_micro_batches(model, batch, state, config))
     slope = None
-    if len(parts) > 1 and config.training.balance == "batch" and model.noise_widths():
+    if len(parts) > 1 and config.training.balance == "batch" and model.has_mixtures():
         with torch.no_grad():
             slope = balance_slope(
                 add_sums([_sums(_forward(model, part, config)) for part in parts]), config.losses

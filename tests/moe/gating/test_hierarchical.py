@@ -92,6 +92,25 @@ def test_gates_importance_and_load_are_eq_12_13_and_14_in_value_and_gradient(k_p
         assert_close(our_gradient, their_gradient)
 
 
+def test_a_group_that_no_token_reaches_has_no_load_and_a_finite_gradient():
+    gate = a_hierarchy()
+    x_TD, noise = tokens_and_noise(gate)
+    noise[:, 1] = -1e3
+    _, importance_E, load_E = as_they_read(gate, x_TD, noise)
+    routing = gate(x_TD, None, noise)
+    empty = slice(GROUP_SIZE, 2 * GROUP_SIZE)
+    assert not routing.sums.count_E[empty].any()
+    assert not routing.sums.load_E[empty].any()
+    assert_close(routing.sums.load_E, load_E)
+    assert_close(routing.sums.importance_E, importance_E)
+    loss = load_loss(routing) + importance_loss(routing)
+    theirs = oracle.squared_cv(load_E) + oracle.squared_cv(importance_E)
+    of = (x_TD, *gate.parameters())
+    for our_gradient, their_gradient in zip(gradients(loss, *of), gradients(theirs, *of), strict=True):
+        assert our_gradient.isfinite().all()
+        assert_close(our_gradient, their_gradient)
+
+
 def test_the_output_is_eq_12_the_dense_double_sum():
     gate = a_hierarchy()
     x_TD, noise = tokens_and_noise(gate)
@@ -116,14 +135,14 @@ def test_one_group_is_the_flat_gate():
     assert_close(ours.sums.probability_E, theirs.sums.probability_E)
 
 
-def test_the_load_in_expectation_is_the_count_and_in_evaluation_it_is_the_count():
+def test_the_load_in_expectation_is_close_to_the_count_and_in_evaluation_it_is_the_count():
     gate = a_hierarchy()
     x_TD, _ = tokens_and_noise(gate)
     with torch.no_grad():
         sums = [gate(x_TD).sums for _ in range(3000)]
         mean_load_E = torch.stack([s.load_E for s in sums]).mean(dim=0)
         mean_count_E = torch.stack([s.count_E.double() for s in sums]).mean(dim=0)
-        assert (mean_load_E - mean_count_E).abs().max() < 0.35
+        assert (mean_load_E - mean_count_E).abs().max() < 0.15
         routing = gate.eval()(x_TD)
     assert_close(routing.sums.load_E, routing.sums.count_E)
     assert routing.sums.count_E.sum() == 4 * NUM_TOKENS

@@ -16,8 +16,9 @@ class Hierarchical(Gate):
     """G(x)_ij = G_primary(x)_i G_i(x)_j over num_groups groups of equally many experts (eq. 12).
 
     Noisy top-k gating at both levels. Only the chosen groups' gates are computed, by one grouped product over
-    all of them; memory grows with T * (groups + k_primary * experts of a group), never with T * E. Expert j
-    of group i is expert i * (num_experts / num_groups) + j of the routing.
+    all of them; memory grows with T * (groups + k_primary * (width + experts of a group)), never with T * E.
+    Expert j of group i is expert i * (num_experts / num_groups) + j of the routing. With k_primary = 1 the
+    group's weight is always 1, and only the balance losses train the primary gate.
 
     Importance and load are those of eq. 13 and 14, over all experts together. Noise is
     [T, num_groups + k_primary * experts of a group]: the primary gate's, then that of each chosen group, the
@@ -89,7 +90,7 @@ class Hierarchical(Gate):
         expert_NK = groups.expert_N[:, None] * group_size + choice.expert_TK
         # A pair that reaches no group reaches no expert.
         expert_NK = expert_NK.where(is_used_N1, self.num_experts)
-        weight_NK = groups.weight_N[:, None] * choice.weight_TK
+        weight_NK = (groups.weight_N[:, None] * choice.weight_TK).where(is_used_N1, 0.0)
         count_E = count_by_expert(expert_NK, self.num_experts)
         within_load_E = count_E.to(weight_NK.dtype)
         if choice.in_topk_TE is not None:

@@ -12,16 +12,17 @@ class TopK(Gate):
     """The k experts with the largest x W_gate, in every mode without noise.
 
     renormalize: true: G(x) = Softmax(KeepTopK(x W_gate, k)), eq. 3 and 5, the weights of a token sum to 1;
-        with k = 1 the task then gives the gate no gradient. False: a chosen expert keeps its probability
-        among all experts, so that weights sum to less than 1 and the task trains the gate for any k; with
-        k = 1 this is the gate of Switch (Fedus et al. 2021, eq. 1 and 2).
+        with k = 1 the one weight is always 1, and neither the task nor `importance_loss` trains the gate.
+        False: a chosen expert keeps its probability among all experts, so that weights sum to at most 1 and
+        the task trains the gate for any k; with k = 1 this is the gate of Switch (Fedus et al. 2021, eq. 1
+        and 2).
     jitter: in training the gate, and it alone, sees each input component multiplied by a uniform draw from
         1 - jitter to 1 + jitter (Switch: 0.01). The draws come from the given noise through the normal
         distribution function.
 
     Without noise nothing but the weights decides, and equal weights would send every token to the same
     experts: w_gate starts normal with variance 0.1/width (Switch, section 2.4). Train it with `switch_loss`,
-    or with `importance_loss`; the load has no smooth estimate here.
+    or where weights vary with `importance_loss`; the load has no smooth estimate here.
 
     width: of the input. k: experts per token.
     """
