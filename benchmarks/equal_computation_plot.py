@@ -57,7 +57,7 @@ def draw(axes: Axes, rows: list[dict]) -> None:
     axes.margins(y=0.15)
     axes.set_xlabel("parameters without embedding and softmax (millions)")
     axes.set_ylabel("test perplexity per word")
-    axes.set_title("The same multiply-adds for each word, the same words", loc="left", fontsize=12)
+    axes.set_title("The same words, and about the same multiply-adds for each", loc="left", fontsize=12)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e2e8f0", zorder=0)
 
