@@ -27,6 +27,11 @@ def task_sum(y: Tensor, target: Tensor) -> Tensor:
     return (y - target).square().sum()
 
 
+def differentiable(sums: BalanceSums) -> list[Tensor]:
+    """All sums but the counts."""
+    return [value for value in vars(sums).values() if value.is_floating_point()]
+
+
 def gradients(moe: MoE) -> dict[str, Tensor]:
     """The gradients that stand in the parameters, taken out of them."""
     found = {name: p.grad for name, p in moe.named_parameters() if p.grad is not None}
@@ -45,13 +50,13 @@ def part_by_part(moe: MoE, x: Tensor, target: Tensor, noise: Tensor, *, size: in
     with torch.no_grad():
         total = reduce(add, (moe(part, noise=draws)[1].sums for part, _, draws in parts))
 
-    importance_E = total.importance_E.requires_grad_()
-    load_E = total.load_E.requires_grad_()
-    slopes = torch.autograd.grad(balance(total), (importance_E, load_E))
+    totals = [value.requires_grad_() for value in differentiable(total)]
+    slopes = torch.autograd.grad(balance(total), totals, materialize_grads=True, allow_unused=True)
 
     for part, part_target, draws in parts:
         y, routing = moe(part, noise=draws)
-        linear = (slopes[0] * routing.sums.importance_E).sum() + (slopes[1] * routing.sums.load_E).sum()
+        own = differentiable(routing.sums)
+        linear = torch.stack([(slope * value).sum() for slope, value in zip(slopes, own, strict=True)]).sum()
         (task_sum(y, part_target) / len(x) + linear).backward()  # the count is that of the whole batch
     return gradients(moe)
 

@@ -48,7 +48,7 @@ def test_forget_gates_start_open_and_all_other_biases_at_zero():
 
 
 def test_a_mixture_is_the_sigmoid_of_the_layer():
-    moe, x_BSD = a_moe(), some_input()
+    moe, x_BSD = a_moe(width=WIDTH), some_input()
     noise = torch.randn(3, 4, NUM_EXPERTS, dtype=torch.float64)
     mask_BS = torch.rand(3, 4) < 0.7
     out = Mixture(moe)(x_BSD, None, mask_BS, noise)
