@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "BalanceSums": "moe.routing",
     "FeedForward": "moe.experts.feed_forward",
-    "ModuleExperts": "moe.experts.modules",
     "Hierarchical": "moe.gating.hierarchical",
+    "ModuleExperts": "moe.experts.modules",
     "MoE": "moe.layer",
     "NoisyTopK": "moe.gating.noisy_topk",
     "Routing": "moe.routing",
