@@ -63,7 +63,9 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         optim=replace(config.optim, learning_rate=best.learning_rate),
         model=replace(config.model, dropout=best.dropout),
     )
-    runs = [final_run(replace(config, seed=seed), args) for seed in args.seeds]
+    runs = [
+        final_run(replace(config, seed=seed), folder=args.out / name / f"seed-{seed}") for seed in args.seeds
+    ]
     costs = plan(replace(config.model, vocab_size=Dataset.open(args.data).vocabulary.size))
     return {
         "name": name,
@@ -99,9 +101,8 @@ def tune(config: RunConfig, args: argparse.Namespace) -> tuple[Trial, list[dict[
     ]
 
 
-def final_run(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
+def final_run(config: RunConfig, *, folder: Path) -> dict[str, Any]:
     """Train with one seed, and measure on the test split what is left at the last step."""
-    folder = args.out / config.name / f"seed-{config.seed}"
     result_file = folder / "result.json"
     if result_file.exists():
         return json.loads(result_file.read_text())
@@ -111,7 +112,7 @@ def final_run(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit(f"{folder}: saved on {ended.stopped_by}; the same command goes on")
     state = ended.state
     hours = (time.monotonic() - started) / 3600
-    dataset = Dataset.open(args.data)
+    dataset = Dataset.open(Path(config.data))
     train_split = dataset.split("train")
     words_per_token = (train_split.num_words + train_split.num_sentences) / train_split.num_tokens
     test = evaluate(

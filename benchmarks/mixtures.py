@@ -1,0 +1,136 @@
+"""One mixture of experts, varied in one thing: table 6 of the paper (loss weights), and the same for gates.
+
+    python -m benchmarks.mixtures losses --data DIR --out RUNS --steps 2000
+    python -m benchmarks.mixtures gates --data DIR --out RUNS --steps 2000
+
+All variants see the same batches and have the recipe's multiply-adds per token. A learning rate is chosen for
+each, on the validation split after `--search-steps`; loss weights share one. Then one run for each seed,
+reported on the test split; the balance is a mean over the logged training batches of the last quarter of the
+steps, as in the paper. Everything is a run folder and is resumed when the command is given again.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.equal_computation import final_run, shortened
+from benchmarks.measuring import circumstances
+from sparsegate.inspection.balance import BALANCE_METRICS
+from sparsegate.recipes.registry import recipe
+from sparsegate.recipes.search import search
+from sparsegate.training.config import LossConfig, RunConfig
+from sparsegate.training.log import read_log
+from sparsegate.training.storage import write_json_atomically
+
+Vary = Callable[[RunConfig], RunConfig]
+
+
+def main() -> None:
+    args = _arguments()
+    torch.set_num_threads(args.threads)
+    base = replace(recipe(args.recipe), data=str(args.data), seed=0)
+    base = replace(base, model=replace(base.model, dropout=0.0))
+    variants = TABLES[args.table]
+    rate = None if args.table == "gates" else best_rate(base, args, args.recipe)
+    rows: list[dict[str, Any]] = []
+    for name in args.only or variants:
+        config = variants[name](base)
+        chosen = rate or best_rate(config, args, name)
+        config = replace(config, optim=replace(config.optim, learning_rate=chosen))
+        rows.append({"name": name, "learning_rate": chosen, "runs": runs(config, args, name)})
+        write_json_atomically(
+            args.out / f"{args.table}.json", {**circumstances(), "steps": args.steps, "rows": rows}
+        )
+        print(table(rows), flush=True)
+
+
+def best_rate(config: RunConfig, args: argparse.Namespace, name: str) -> float:
+    """The learning rate of lowest validation perplexity after the search steps."""
+    trials = search(
+        shortened(config, args.search_steps),
+        folder=args.out / name / "search",
+        learning_rates=args.learning_rates,
+        dropouts=[0.0],
+        console=None,
+        on_trial=lambda trial: print(name, trial, flush=True),
+    )
+    return trials[0].learning_rate
+
+
+def runs(config: RunConfig, args: argparse.Namespace, name: str) -> list[dict[str, Any]]:
+    """The results of each seed's run."""
+    config = shortened(config, args.steps)
+    results = []
+    for seed in args.seeds:
+        folder = args.out / name / f"seed-{seed}"
+        result = final_run(replace(config, seed=seed), folder=folder)
+        results.append(
+            {**result, "training": training_balance(folder / "log.jsonl", after=args.steps * 3 // 4)}
+        )
+    return results
+
+
+def training_balance(log: Path, *, after: int) -> dict[str, float]:
+    """Balance of the mixture layer, a mean over the logged batches after a step."""
+    lines = [line for line in read_log(log) if line["kind"] == "step" and line["step"] > after]
+    return {metric: _mean(line[f"moe/{metric}"] for line in lines) for metric in BALANCE_METRICS}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows so far, in Markdown: means over the seeds, perplexity of each."""
+    lines = [
+        ["", "learning rate", "test perplexity by seed", *BALANCE_METRICS, "words seen (M)", "hours a run"]
+    ]
+    lines.append(["---"] * len(lines[0]))
+    for row in rows:
+        perplexities = ", ".join(f"{run['test_perplexity']:.2f}" for run in row["runs"])
+        balance = [
+            f"{_mean(run['training'][metric] for run in row['runs']):.2f}" for metric in BALANCE_METRICS
+        ]
+        words = f"{_mean(run['words'] for run in row['runs']) / 1e6:.2f}"
+        hours = f"{_mean(run['hours'] for run in row['runs']):.2f}"
+        lines.append([row["name"], f"{row['learning_rate']:g}", perplexities, *balance, words, hours])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _mean(values: Any) -> float:
+    numbers = list(values)
+    return sum(numbers) / len(numbers)
+
+
+def _losses(importance: float, load: float) -> Vary:
+    return lambda config: replace(config, losses=LossConfig(importance=importance, load=load))
+
+
+# The six rows of table 6: weights of the importance and the load loss.
+LOSSES: Mapping[str, Vary] = {
+    f"importance {importance:g}, load {load:g}": _losses(importance, load)
+    for importance, load in [(0.0, 0.0), (0.2, 0.0), (0.0, 0.2), (0.1, 0.1), (0.01, 0.01), (1.0, 1.0)]
+}
+
+TABLES: Mapping[str, Mapping[str, Vary]] = {"losses": LOSSES}
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--recipe", default="small-moe-32")
+    parser.add_argument("--only", nargs="+", help="names of rows; all where it is absent")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--search-steps", type=int, default=500)
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[4e-3, 8e-3, 1.6e-2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--threads", type=int, default=2)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
