@@ -38,7 +38,7 @@ def measure(num_experts: int, num_groups: int, num_tokens: int, args: argparse.N
     """One row of the table."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    gate = Hierarchical(
+    gate = Hierarchical.noisy_topk(
         width=args.width, num_experts=num_experts, num_groups=num_groups, k_primary=2, k_secondary=2
     )
     for parameter in gate.parameters():

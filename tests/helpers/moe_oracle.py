@@ -83,8 +83,7 @@ def squared_cv(value_E: Tensor) -> Tensor:
 
 def dense_gates(routing) -> Tensor:
     """The matrix G(x), T x E, of a Routing's entries; unused pairs are left out."""
-    num_tokens = routing.token_N.numel() // routing.pairs_per_token
-    rows = torch.zeros(num_tokens, routing.num_experts, dtype=routing.weight_N.dtype)
+    rows = torch.zeros(len(routing.pairs_T), routing.num_experts, dtype=routing.weight_N.dtype)
     for token, expert, weight in zip(
         routing.token_N.tolist(), routing.expert_N.tolist(), routing.weight_N.tolist(), strict=True
     ):

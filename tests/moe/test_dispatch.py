@@ -7,8 +7,9 @@ from torch.autograd.gradcheck import GradcheckError
 
 from sparsegate.moe import dispatch as dispatching
 from sparsegate.moe.dispatch import combine, dispatch, plan_rows
+from sparsegate.moe.routing import Routing
 from tests.helpers.derivatives import assert_derivatives, off_by_a_factor
-from tests.helpers.moe_cases import NUM_EXPERTS, WIDTH, a_routing
+from tests.helpers.moe_cases import NUM_EXPERTS, WIDTH, a_routing, dense
 from tests.helpers.tolerances import assert_close
 
 MASK_T = torch.tensor([True, False, True, True, False, True])
@@ -65,6 +66,51 @@ def test_derivatives_are_those_of_finite_differences():
     x_TD = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
     assert_derivatives(lambda x: dispatch(x, plan), x_TD)
     assert_derivatives(lambda rows, weight: combine(rows, plan, weight), rows_ND, routing.weight_N)
+
+
+def a_varying_routing():
+    """Four tokens with three, no, one and two pairs, of which the last one is unused."""
+    chosen_TE = torch.zeros(4, NUM_EXPERTS, dtype=torch.bool)
+    chosen_TE[0, [0, 3, 4]] = chosen_TE[2, 3] = chosen_TE[3, 1] = True
+    weight_TE = torch.rand(4, NUM_EXPERTS, dtype=torch.float64).requires_grad_()
+    return Routing.of_batch_choice(
+        logit_TE=torch.zeros(4, NUM_EXPERTS, dtype=torch.float64),
+        chosen_TE=chosen_TE,
+        weight_TE=weight_TE,
+        num_pairs=6,
+        mask_T=None,
+        threshold=torch.zeros(()),
+    )
+
+
+def test_tokens_may_have_different_numbers_of_pairs():
+    routing = a_varying_routing()
+    assert routing.token_N.tolist() == [0, 0, 0, 2, 3, 3]
+    assert routing.expert_N.tolist() == [0, 3, 4, 3, 1, NUM_EXPERTS]
+    assert routing.pairs_T.tolist() == [3, 0, 1, 2]
+    assert routing.sums.num_unrouted == 1
+    plan, rows_ND = plan_rows(routing), torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    expected_TD = torch.zeros(4, 3, dtype=torch.float64)
+    for row, pair in enumerate(plan.order_N.tolist()):
+        expected_TD[routing.token_N[pair]] += routing.weight_N[pair].detach() * rows_ND[row].detach()
+    assert_close(combine(rows_ND, plan, routing.weight_N), expected_TD)
+    x_TD = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    weight_N = routing.weight_N.detach().requires_grad_()
+    for function, inputs in (
+        (lambda x: dispatch(x, plan), (x_TD,)),
+        (lambda rows, weight: combine(rows, plan, weight), (rows_ND, weight_N)),
+    ):
+        torch.autograd.gradcheck(function, inputs)
+        torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_pairs_of_varying_number_are_added_in_the_precision_of_the_weights(dtype):
+    routing = a_varying_routing()
+    rows_ND = torch.ones(6, 2, dtype=dtype)
+    y_TD = combine(rows_ND, plan_rows(routing), routing.weight_N)
+    assert y_TD.dtype == torch.float64
+    assert_close(y_TD[:, 0], dense(routing).sum(dim=1))
 
 
 @pytest.mark.parametrize("function", ["_Gather", "_Sum", "_Permute"])

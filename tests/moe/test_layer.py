@@ -10,7 +10,20 @@ from sparsegate.moe.experts.modules import ModuleExperts
 from sparsegate.moe.gating.noisy_topk import NoisyTopK
 from sparsegate.moe.layer import MoE
 from sparsegate.moe.losses import importance_loss, load_loss
-from tests.helpers.moe_cases import NUM_EXPERTS, WIDTH, Batch, a_batch, a_moe, gradients
+from tests.helpers import moe_oracle as oracle
+from tests.helpers.moe_cases import (
+    GATES,
+    NUM_EXPERTS,
+    WIDTH,
+    Batch,
+    a_batch,
+    a_gate,
+    a_moe,
+    dense,
+    gradients,
+    noise_for,
+    some_experts,
+)
 from tests.helpers.tolerances import TOLERANCES, assert_close
 
 MASK_T = torch.tensor([True, True, False, True, False, True, True])
@@ -39,6 +52,24 @@ def test_derivatives_of_the_whole_layer_are_those_of_finite_differences():
     inputs = (batch.x_TD, *(p.detach().clone().requires_grad_() for p in moe.parameters()))
     torch.autograd.gradcheck(function, inputs, atol=1e-6, rtol=1e-6, check_batched_grad=True)
     torch.autograd.gradgradcheck(function, inputs, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", GATES)
+def test_with_any_gate_the_output_is_the_dense_sum_of_eq_1_in_value_and_gradient(name, training):
+    moe = MoE(gate=a_gate(name), experts=some_experts("feed_forward")).train(training)
+    batch, noise = a_batch(7), noise_for(moe.gate, 7)
+    y_TD, routing = moe(batch.x_TD, MASK_T, noise)
+    experts = oracle.feed_forward(moe.experts.w_in, moe.experts.w_out)
+    expected_TD = oracle.mixture(batch.x_TD, dense(routing), experts)
+    assert_close(y_TD, expected_TD)
+    of = (batch.x_TD, *moe.parameters())
+    for ours, theirs in zip(
+        gradients((y_TD * batch.cotangent_TD).sum(), *of),
+        gradients((expected_TD * batch.cotangent_TD).sum(), *of),
+        strict=True,
+    ):
+        assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("leading", [(), (1,), (7,), (2, 3), (2, 1, 3), (2, 0, 3)])

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sparsegate import TopK
+from sparsegate import SoftmaxTopK
 from sparsegate.moe.losses import importance_loss, load_loss, squared_cv, switch_loss, z_loss
 from tests.helpers import moe_oracle as oracle
 from tests.helpers.derivatives import assert_derivatives
@@ -88,7 +88,7 @@ def test_the_load_of_evaluation_carries_no_gradient_and_importance_does():
 
 
 def test_the_z_loss_is_the_mean_squared_log_sum_exp_of_real_tokens():
-    gate = TopK(width=3, num_experts=4, k=2, dtype=torch.float64)
+    gate = SoftmaxTopK(width=3, num_experts=4, k=2, dtype=torch.float64)
     x_TD = 3 * torch.randn(5, 3, dtype=torch.float64)
     mask_T = torch.tensor([True, False, True, True, False])
     logits = (x_TD @ gate.w_gate)[mask_T].tolist()
@@ -99,7 +99,7 @@ def test_the_z_loss_is_the_mean_squared_log_sum_exp_of_real_tokens():
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_the_switch_loss_is_experts_times_share_times_mean_probability(k):
-    gate = TopK(width=3, num_experts=4, k=k, dtype=torch.float64)
+    gate = SoftmaxTopK(width=3, num_experts=4, k=k, dtype=torch.float64)
     x_TD = 3 * torch.randn(7, 3, dtype=torch.float64)
     probability_TE = (x_TD @ gate.w_gate).softmax(dim=1).tolist()
     share_E, mean_E = [0.0] * 4, [0.0] * 4
@@ -114,7 +114,7 @@ def test_the_switch_loss_is_experts_times_share_times_mean_probability(k):
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_the_switch_loss_is_1_at_balance_and_experts_over_k_at_collapse(k):
-    gate = TopK(width=4, num_experts=4, k=k, dtype=torch.float64)
+    gate = SoftmaxTopK(width=4, num_experts=4, k=k, dtype=torch.float64)
     gate.w_gate.data.copy_(torch.eye(4) + 0.5 * torch.eye(4).roll(1, dims=1))
     one_hot_TD = torch.eye(4, dtype=torch.float64)
     assert_close(switch_loss(gate(one_hot_TD.repeat(3, 1))), torch.tensor(1.0))

@@ -11,6 +11,7 @@ LEAVES = [
     "token_N",
     "expert_N",
     "weight_N",
+    "pairs_T",
     "importance_E",
     "count_E",
     "within_load_E",
@@ -19,7 +20,10 @@ LEAVES = [
     "within_probability_E",
     "group_probability_A",
     "z",
+    "threshold",
     "num_tokens",
+    "num_unrouted",
+    "num_dropped",
 ]
 
 

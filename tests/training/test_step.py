@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparsegate import MoE, TopK
+from sparsegate import MoE, SoftmaxTopK
 from sparsegate.data import Batch
 from sparsegate.models import LanguageModel, MixtureLM, build
 from sparsegate.models.layers import Mixture
@@ -85,7 +85,7 @@ def test_micro_batches_give_the_gradient_of_the_joined_batch(micro_batches: int,
 def test_so_they_do_with_a_gate_that_draws_no_noise():
     built, of, run = model(), batch(), config()
     width, num_experts = built.layers["moe"].moe.gate.w_gate.shape
-    gate = TopK(width=width, num_experts=num_experts, k=2, dtype=torch.float64)
+    gate = SoftmaxTopK(width=width, num_experts=num_experts, k=2, dtype=torch.float64)
     built.layers["moe"] = Mixture(MoE(gate=gate, experts=built.layers["moe"].moe.experts))
     assert built.noise_widths() == {}
     whole = compute_gradient(built, of, {}, run)

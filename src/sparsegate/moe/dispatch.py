@@ -19,14 +19,15 @@ class Plan:
 
     order_N: the pair of each row. row_N: the row of each pair, the inverse permutation. token_N: the token
     of each row. end_E: one past the last row of each expert, int64. Rows past `end_E[-1]` belong to unused
-    pairs.
+    pairs. pairs_T, pairs_per_token: of the routing.
     """
 
     order_N: Tensor
     row_N: Tensor
     token_N: Tensor
     end_E: Tensor
-    pairs_per_token: int
+    pairs_T: Tensor
+    pairs_per_token: int | None
 
 
 def plan_rows(routing: Routing) -> Plan:
@@ -40,13 +41,14 @@ def plan_rows(routing: Routing) -> Plan:
         row_N=row_N,
         token_N=routing.token_N[order_N],
         end_E=torch.searchsorted(expert_N, expert_E, right=True),
+        pairs_T=routing.pairs_T,
         pairs_per_token=routing.pairs_per_token,
     )
 
 
 def dispatch(x_TD: Tensor, plan: Plan) -> Tensor:
     """Copy each token to the rows of its pairs: rows_ND in expert order."""
-    return _Gather.apply(x_TD, plan.token_N, plan.row_N, plan.pairs_per_token)
+    return _Gather.apply(x_TD, plan.token_N, plan.row_N, plan.pairs_T, plan.pairs_per_token)
 
 
 def in_pair_order(rows_ND: Tensor, plan: Plan) -> Tensor:
@@ -57,14 +59,18 @@ def in_pair_order(rows_ND: Tensor, plan: Plan) -> Tensor:
 def combine(rows_ND: Tensor, plan: Plan, weight_N: Tensor) -> Tensor:
     """Sum each token's rows, multiplied by the gate's weights, in the wider dtype of the two: y_TD.
 
-    Rows are put back in the order of the pairs first. The sum is then one product for each token, over its K
-    pairs: it is deterministic, and no weighted copy of the rows is made. Autocast would narrow it.
+    Rows are put back in the order of the pairs first, so that the sum is deterministic. Where every token has
+    K pairs it is one product for each token, and no weighted copy of the rows is made. Autocast would narrow
+    it.
     """
     dtype = torch.promote_types(rows_ND.dtype, weight_N.dtype)
-    pairs_ND = in_pair_order(rows_ND, plan).to(dtype)
-    weight_T1K = weight_N.to(dtype).unflatten(0, (-1, 1, plan.pairs_per_token))
+    weight_N, k = weight_N.to(dtype), plan.pairs_per_token
+    if k is None:
+        weighted_ND = rows_ND.to(dtype) * _Permute.apply(weight_N, plan.order_N, plan.row_N)[:, None]
+        return _Sum.apply(weighted_ND, plan.token_N, plan.row_N, plan.pairs_T, k)
+    pairs_TKD = in_pair_order(rows_ND, plan).to(dtype).unflatten(0, (-1, k))
     with autocast_off(rows_ND.device):
-        return torch.bmm(weight_T1K, pairs_ND.unflatten(0, (-1, plan.pairs_per_token))).squeeze(1)
+        return torch.bmm(weight_N.unflatten(0, (-1, 1, k)), pairs_TKD).squeeze(1)
 
 
 class _Gather(torch.autograd.Function):
@@ -77,17 +83,19 @@ class _Gather(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x_TD: Tensor, token_N: Tensor, row_N: Tensor, pairs_per_token: int) -> Tensor:
+    def forward(
+        x_TD: Tensor, token_N: Tensor, row_N: Tensor, pairs_T: Tensor, pairs_per_token: int | None
+    ) -> Tensor:
         return x_TD.index_select(0, token_N)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, token_N, row_N, ctx.pairs_per_token = inputs
-        ctx.save_for_backward(token_N, row_N)
+        _, *indices, ctx.pairs_per_token = inputs
+        ctx.save_for_backward(*indices)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return _Sum.apply(*grads, *ctx.saved_tensors, ctx.pairs_per_token), None, None, None
+        return _Sum.apply(*grads, *ctx.saved_tensors, ctx.pairs_per_token), None, None, None, None
 
 
 class _Sum(torch.autograd.Function):
@@ -96,18 +104,23 @@ class _Sum(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(rows_ND: Tensor, token_N: Tensor, row_N: Tensor, pairs_per_token: int) -> Tensor:
-        rows_TKD = rows_ND.index_select(0, row_N).reshape(-1, pairs_per_token, rows_ND.shape[1])
-        return rows_TKD.sum(dim=1)
+    def forward(
+        rows_ND: Tensor, token_N: Tensor, row_N: Tensor, pairs_T: Tensor, pairs_per_token: int | None
+    ) -> Tensor:
+        pairs_ND = rows_ND.index_select(0, row_N)
+        if pairs_per_token is None:
+            # In the order of the pairs on every device, unlike an index_add. Its checks would read lengths.
+            return torch.segment_reduce(pairs_ND, "sum", lengths=pairs_T, unsafe=True)
+        return pairs_ND.reshape(-1, pairs_per_token, rows_ND.shape[1]).sum(dim=1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, token_N, row_N, ctx.pairs_per_token = inputs
-        ctx.save_for_backward(token_N, row_N)
+        _, *indices, ctx.pairs_per_token = inputs
+        ctx.save_for_backward(*indices)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return _Gather.apply(*grads, *ctx.saved_tensors, ctx.pairs_per_token), None, None, None
+        return _Gather.apply(*grads, *ctx.saved_tensors, ctx.pairs_per_token), None, None, None, None
 
 
 class _Permute(torch.autograd.Function):

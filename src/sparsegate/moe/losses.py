@@ -50,3 +50,13 @@ def switch_loss(balance: Routing | BalanceSums) -> Tensor:
     probability_E = sums.probability_E / sums.num_tokens.clamp_min(1)
     share_E = sums.count_E.to(probability_E.dtype) / sums.count_E.sum().clamp_min(1)
     return sums.count_E.shape[0] * (share_E * probability_E).sum()
+
+
+def threshold_loss(balance: Routing | BalanceSums) -> Tensor:
+    """What trains the thresholds of `Balanced`: eq. 20 over the number of tokens; 0 without tokens.
+
+    Unweighted. It has no gradient but for the thresholds, so its weight matters to the optimizer alone. The
+    paper's is a sum over the batch; a mean does not grow with it.
+    """
+    sums = balance.sums
+    return sums.threshold / sums.num_tokens.clamp_min(1)

@@ -27,7 +27,12 @@ class BalanceSums:
     group_probability_A: the same of the groups, over all tokens.
     z: sum of the squared log-sum-exp of the same logits, float scalar, differentiable. In a hierarchy both
         levels are in it.
+    threshold: sum of the threshold loss over tokens and experts (eq. 20), float scalar, differentiable; 0 in
+        gates without thresholds, and in evaluation.
     num_tokens: number of real tokens, int64 scalar.
+    num_unrouted: number of real tokens that no expert took, int64 scalar.
+    num_dropped: number of token-expert pairs that a capacity dropped, int64 scalar. They are in `count_E`,
+        importance and load all the same: these tell what was asked for.
     """
 
     importance_E: Tensor
@@ -38,7 +43,10 @@ class BalanceSums:
     within_probability_E: Tensor
     group_probability_A: Tensor
     z: Tensor
+    threshold: Tensor
     num_tokens: Tensor
+    num_unrouted: Tensor
+    num_dropped: Tensor
 
     def __add__(self, other: "BalanceSums") -> "BalanceSums":
         return BalanceSums(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
@@ -65,21 +73,24 @@ class BalanceSums:
 
 @dataclass(frozen=True, kw_only=True)
 class Routing:
-    """The sparse T x E matrix G(x) of eq. 1, kept as its N = T * pairs_per_token entries, token by token.
+    """The sparse T x E matrix G(x) of eq. 1, kept as its N entries, token by token.
 
-    A pair that is not used (padding) has `expert_N == num_experts` and weight 0. All shapes follow from the
-    shape of the input, never from its values.
+    A pair that is not used (padding, a threshold not reached, a dropped pair) has `expert_N == num_experts`
+    and weight 0. All shapes follow from the shape of the input, never from its values.
 
-    token_N: int64, the token of each pair. expert_N: int64, its expert. weight_N: float32 or float64, G(x)_i,
-    differentiable. sums: what the balance losses need.
+    token_N: int64, the token of each pair, ascending. expert_N: int64, its expert. weight_N: float32 or
+    float64, G(x)_i, differentiable. pairs_T: int64, number of pairs of each token, unused ones included.
+    sums: what the balance losses need. pairs_per_token: K where every token has K pairs, so that
+    N = T * K; else None.
     """
 
     token_N: Tensor
     expert_N: Tensor
     weight_N: Tensor
+    pairs_T: Tensor
     sums: BalanceSums
     num_experts: int
-    pairs_per_token: int
+    pairs_per_token: int | None
 
     @staticmethod
     def of_token_choice(
@@ -90,73 +101,167 @@ class Routing:
         mask_T: Tensor | None,
         load_E: Tensor | None,
     ) -> "Routing":
-        """The routing in which every real token goes to the K experts of its row.
+        """The routing in which every real token goes to the experts of its row.
 
         logit_TE: scores of all experts, without the noise of eq. 4. expert_TK: int64, no expert twice in a
-        row. weight_TK: their weights. mask_T: bool, true for real tokens. load_E: the smooth load where the
-        gate has one, else the hard counts stand in for it.
+        row; `num_experts` for none. weight_TK: their weights, 0 for none. mask_T: bool, true for real tokens.
+        load_E: the smooth load where the gate has one, else the hard counts stand in for it.
         """
         num_experts = logit_TE.shape[1]
-        z_T1 = logit_TE.logsumexp(dim=-1, keepdim=True)
-        probability_TE = (logit_TE - z_T1).exp()
-        num_tokens = expert_TK.new_full((), expert_TK.shape[0]) if mask_T is None else mask_T.sum()
         if mask_T is not None:
             expert_TK = expert_TK.masked_fill(~mask_T[:, None], num_experts)
             weight_TK = weight_TK.masked_fill(~mask_T[:, None], 0.0)
-            probability_TE = probability_TE.masked_fill(~mask_T[:, None], 0.0)
-            z_T1 = z_T1.masked_fill(~mask_T[:, None], 0.0)
-        count_E = count_by_expert(expert_TK, num_experts)
-        sums = BalanceSums(
-            importance_E=sum_by_expert(weight_TK, expert_TK, num_experts),
-            count_E=count_E,
-            within_load_E=count_E.to(weight_TK.dtype) if load_E is None else load_E,
-            group_load_A=num_tokens.to(weight_TK.dtype)[None],
-            group_count_A=num_tokens[None],
-            within_probability_E=probability_TE.sum(dim=0),
-            group_probability_A=num_tokens.to(weight_TK.dtype)[None],
-            z=z_T1.square().sum(),
-            num_tokens=num_tokens,
-        )
-        return Routing.of_pairs(expert_TK=expert_TK, weight_TK=weight_TK, num_experts=num_experts, sums=sums)
-
-    @staticmethod
-    def of_pairs(*, expert_TK: Tensor, weight_TK: Tensor, num_experts: int, sums: BalanceSums) -> "Routing":
-        """The routing whose pairs stand in the rows of two tensors, one row for each token."""
-        num_tokens, pairs_per_token = expert_TK.shape
-        token_T = torch.arange(num_tokens, device=expert_TK.device)
-        return Routing(
-            token_N=token_T[:, None].expand(-1, pairs_per_token).flatten(),
+        sums = flat_sums(
+            logit_TE=logit_TE,
+            token_N=tokens_of_rows(expert_TK),
             expert_N=expert_TK.flatten(),
             weight_N=weight_TK.flatten(),
+            mask_T=mask_T,
+            load_E=load_E,
+            threshold=logit_TE.new_zeros(()),
+        )
+        return Routing.of_rows(expert_TK=expert_TK, weight_TK=weight_TK, num_experts=num_experts, sums=sums)
+
+    @staticmethod
+    def of_batch_choice(
+        *,
+        logit_TE: Tensor,
+        chosen_TE: Tensor,
+        weight_TE: Tensor,
+        num_pairs: int,
+        mask_T: Tensor | None,
+        threshold: Tensor,
+    ) -> "Routing":
+        """The routing in which a token goes to as many experts as have chosen it.
+
+        chosen_TE: bool, false for padding, true for `num_pairs` entries at most. weight_TE: weights of the
+        chosen entries. threshold: the term of `BalanceSums`.
+        """
+        num_tokens, num_experts = chosen_TE.shape
+        token_N, expert_N = entries(chosen_TE, num_pairs=num_pairs)
+        weight_N = pick(weight_TE, token_N, expert_N)
+        return Routing(
+            token_N=token_N,
+            expert_N=expert_N,
+            weight_N=weight_N,
+            pairs_T=count(token_N, num_tokens),
+            sums=flat_sums(
+                logit_TE=logit_TE,
+                token_N=token_N,
+                expert_N=expert_N,
+                weight_N=weight_N,
+                mask_T=mask_T,
+                load_E=None,
+                threshold=threshold,
+            ),
+            num_experts=num_experts,
+            pairs_per_token=None,
+        )
+
+    @staticmethod
+    def of_rows(*, expert_TK: Tensor, weight_TK: Tensor, num_experts: int, sums: BalanceSums) -> "Routing":
+        """The routing whose pairs stand in the rows of two tensors, one row for each token."""
+        num_tokens, pairs_per_token = expert_TK.shape
+        return Routing(
+            token_N=tokens_of_rows(expert_TK),
+            expert_N=expert_TK.flatten(),
+            weight_N=weight_TK.flatten(),
+            pairs_T=expert_TK.new_full((num_tokens,), pairs_per_token),
             sums=sums,
             num_experts=num_experts,
             pairs_per_token=pairs_per_token,
         )
 
 
-def sum_by_expert(value_TK: Tensor, expert_TK: Tensor, num_experts: int) -> Tensor:
-    """Sum the values of each expert's pairs; unused pairs fall into a bin of their own, which is cut off."""
-    bins = value_TK.new_zeros(num_experts + 1)
-    return bins.scatter_add(0, expert_TK.flatten(), value_TK.flatten())[:num_experts]
+def flat_sums(
+    *,
+    logit_TE: Tensor,
+    token_N: Tensor,
+    expert_N: Tensor,
+    weight_N: Tensor,
+    mask_T: Tensor | None,
+    load_E: Tensor | None,
+    threshold: Tensor,
+) -> BalanceSums:
+    """The sums of a gate without groups; the arguments are those of the routings above."""
+    num_tokens, num_experts = logit_TE.shape
+    z_T1 = logit_TE.logsumexp(dim=-1, keepdim=True)
+    probability_TE = (logit_TE - z_T1).exp()
+    num_real = token_N.new_full((), num_tokens)
+    if mask_T is not None:
+        num_real = mask_T.sum()
+        probability_TE = probability_TE.masked_fill(~mask_T[:, None], 0.0)
+        z_T1 = z_T1.masked_fill(~mask_T[:, None], 0.0)
+    count_E = count(expert_N, num_experts)
+    real_A = num_real.to(weight_N.dtype)[None]
+    return BalanceSums(
+        importance_E=sum_by(weight_N, expert_N, num_experts),
+        count_E=count_E,
+        within_load_E=count_E.to(weight_N.dtype) if load_E is None else load_E,
+        group_load_A=real_A,
+        group_count_A=num_real[None],
+        within_probability_E=probability_TE.sum(dim=0),
+        group_probability_A=real_A,
+        z=z_T1.square().sum(),
+        threshold=threshold,
+        num_tokens=num_real,
+        num_unrouted=num_real - count_routed(token_N, expert_N < num_experts, num_tokens),
+        num_dropped=num_real.new_zeros(()),
+    )
 
 
-def count_by_expert(expert_TK: Tensor, num_experts: int) -> Tensor:
-    """Number of each expert's pairs, int64."""
-    return sum_by_expert(torch.ones_like(expert_TK), expert_TK, num_experts)
+def tokens_of_rows(expert_TK: Tensor) -> Tensor:
+    """The token of each pair, where pairs stand in the rows of a tensor."""
+    token_T = torch.arange(expert_TK.shape[0], device=expert_TK.device)
+    return token_T[:, None].expand(expert_TK.shape).flatten()
+
+
+def entries(chosen_TE: Tensor, *, num_pairs: int) -> tuple[Tensor, Tensor]:
+    """Row and column of each true entry, row by row, then unused pairs: last row, a column past the end."""
+    num_tokens, num_experts = chosen_TE.shape
+    unused = chosen_TE.numel()
+    entry_N = torch.nonzero_static(chosen_TE.flatten(), size=num_pairs, fill_value=unused).squeeze(1)
+    token_N = entry_N.div(num_experts, rounding_mode="floor").clamp_max(num_tokens - 1)
+    return token_N, torch.where(entry_N < unused, entry_N % num_experts, num_experts)
+
+
+def pick(value_TE: Tensor, token_N: Tensor, expert_N: Tensor) -> Tensor:
+    """The values at the given rows and columns; 0 for unused pairs."""
+    num_experts = value_TE.shape[1]
+    entry_N = token_N * num_experts + expert_N.clamp_max(num_experts - 1)
+    return value_TE.flatten()[entry_N].where(expert_N < num_experts, 0.0)
+
+
+def sum_by(value_N: Tensor, index_N: Tensor, size: int) -> Tensor:
+    """Sum the values of each index, such as an expert's pairs.
+
+    Unused pairs have the index `size`, and fall into a bin of their own, which is cut off.
+    """
+    return value_N.new_zeros(size + 1).scatter_add(0, index_N, value_N)[:size]
+
+
+def count(index_N: Tensor, size: int) -> Tensor:
+    """Number of times each index below `size` occurs, int64."""
+    return sum_by(torch.ones_like(index_N), index_N, size)
+
+
+def count_routed(token_N: Tensor, is_used_N: Tensor, num_tokens: int) -> Tensor:
+    """Number of tokens that have a used pair, int64 scalar."""
+    return (sum_by(is_used_N.to(torch.int64), token_N, num_tokens) > 0).sum()
 
 
 def _register(cls: type, tensor_fields: tuple[str, ...], static_fields: tuple[str, ...]) -> None:
     """Make a named value a pytree, so that export, compile and FSDP hooks see the tensors inside it."""
 
-    def flatten(value: Any) -> tuple[list[Any], tuple[int, ...]]:
+    def flatten(value: Any) -> tuple[list[Any], tuple[int | None, ...]]:
         return [getattr(value, f) for f in tensor_fields], tuple(getattr(value, f) for f in static_fields)
 
-    def unflatten(tensors: Any, static: tuple[int, ...]) -> Any:
+    def unflatten(tensors: Any, static: tuple[int | None, ...]) -> Any:
         return cls(
             **dict(zip(tensor_fields, tensors, strict=True)), **dict(zip(static_fields, static, strict=True))
         )
 
-    def flatten_with_keys(value: Any) -> tuple[list[tuple[Any, Any]], tuple[int, ...]]:
+    def flatten_with_keys(value: Any) -> tuple[list[tuple[Any, Any]], tuple[int | None, ...]]:
         values, static = flatten(value)
         return [(pytree.GetAttrKey(f), v) for f, v in zip(tensor_fields, values, strict=True)], static
 
@@ -172,4 +277,4 @@ def _register(cls: type, tensor_fields: tuple[str, ...], static_fields: tuple[st
 
 
 _register(BalanceSums, tuple(f.name for f in fields(BalanceSums)), ())
-_register(Routing, ("token_N", "expert_N", "weight_N", "sums"), ("num_experts", "pairs_per_token"))
+_register(Routing, ("token_N", "expert_N", "weight_N", "pairs_T", "sums"), ("num_experts", "pairs_per_token"))

@@ -4,17 +4,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsegate import FeedForward, Hierarchical, MoE, importance_loss, load_loss
+from sparsegate import (
+    Balanced,
+    BalancedGroups,
+    FeedForward,
+    Hierarchical,
+    MoE,
+    NoisyTopKGroups,
+    importance_loss,
+    load_loss,
+    threshold_loss,
+)
 from sparsegate.moe.gating.noisy_topk import NoisyTopK
 from tests.helpers import moe_oracle as oracle
-from tests.helpers.moe_cases import gradients
+from tests.helpers.moe_cases import dense, gradients
 from tests.helpers.tolerances import assert_close
 
 WIDTH, NUM_GROUPS, GROUP_SIZE, NUM_TOKENS = 5, 4, 3, 11
 
 
 def a_hierarchy(*, k_primary: int = 2, k_secondary: int = 2) -> Hierarchical:
-    gate = Hierarchical(
+    gate = Hierarchical.noisy_topk(
         width=WIDTH,
         num_experts=NUM_GROUPS * GROUP_SIZE,
         num_groups=NUM_GROUPS,
@@ -35,7 +45,7 @@ def tokens_and_noise(gate: Hierarchical) -> tuple[Tensor, Tensor]:
 def as_they_read(gate: Hierarchical, x_TD: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """G(x)_ij [T, E], Importance_H [E] and Load_H [E], in training."""
     primary, secondary = gate.primary, gate.secondary
-    k_primary, k_secondary = primary.pairs_per_token, secondary.k
+    k_primary, k_secondary = primary.pairs_per_token, secondary.pairs_per_row
     clean_TA, std_TA, noisy_TA = oracle.noisy_logits(
         x_TD, primary.w_gate, primary.w_noise, noise[:, :NUM_GROUPS]
     )
@@ -121,7 +131,9 @@ def test_the_output_is_eq_12_the_dense_double_sum():
 
 
 def test_one_group_is_the_flat_gate():
-    gate = Hierarchical(width=WIDTH, num_experts=6, num_groups=1, k_primary=1, k_secondary=2).double()
+    gate = Hierarchical.noisy_topk(
+        width=WIDTH, num_experts=6, num_groups=1, k_primary=1, k_secondary=2
+    ).double()
     flat = NoisyTopK(width=WIDTH, num_experts=6, k=2, dtype=torch.float64)
     for name in ("w_gate", "w_noise"):
         weight = torch.randn(WIDTH, 6, dtype=torch.float64)
@@ -184,7 +196,7 @@ def test_the_load_reaches_the_primary_gate():
 )
 def test_a_hierarchy_that_cannot_be_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
-        Hierarchical(
+        Hierarchical.noisy_topk(
             **{"width": 5, "num_experts": 12, "num_groups": 4, "k_primary": 2, "k_secondary": 2, **wrong}
         )
 
@@ -195,8 +207,112 @@ def test_a_hierarchy_that_cannot_be_is_refused(wrong, message):
 )
 def test_multiply_adds_are_those_of_table_7(num_experts, num_groups, millions):
     """Beside the gate: two LSTMs of 2.097 million and four experts of 1.049 million each."""
-    gate = Hierarchical(
+    gate = Hierarchical.noisy_topk(
         width=512, num_experts=num_experts, num_groups=num_groups, k_primary=2, k_secondary=2, device="meta"
     )
     others = 2 * 4 * (512 + 512) * 512 + 4 * 2 * 512 * 1024
     assert round((gate.ops_per_token() + others) / 1e6, 3) == millions
+
+
+def balanced(*, scope=None) -> Hierarchical:
+    """Strictly balanced at both levels; on average two groups for each token, and two experts in each."""
+    gate = Hierarchical(
+        primary=Balanced(width=WIDTH, num_experts=NUM_GROUPS, k=2, scope=scope, dtype=torch.float64),
+        secondary=BalancedGroups(
+            width=WIDTH,
+            num_groups=NUM_GROUPS,
+            group_size=GROUP_SIZE,
+            k=2,
+            scope=scope,
+            dtype=torch.float64,
+        ),
+    )
+    for name, parameter in gate.named_parameters():
+        torch.nn.init.normal_(parameter, mean=-1.2 if name.endswith("log_threshold") else 0.0, std=0.5)
+    return gate
+
+
+def balanced_as_they_read(gate: Hierarchical, x_TD: Tensor, *, training: bool) -> tuple[Tensor, Tensor]:
+    """G(x)_ij [T, E] and the sum of the threshold losses of both levels, one level and group at a time."""
+
+    def level(x_TD, w_gate, log_threshold, k):
+        """Eq. 16 and 20 of one softmax gate over these tokens."""
+        probability_TE = (x_TD @ w_gate).softmax(dim=1)
+        num_tokens, num_experts = probability_TE.shape
+        m = min(num_tokens, max(1, int(k * num_tokens / num_experts + 0.5)))
+        above_TE = (probability_TE > log_threshold.exp()).double()
+        chosen_TE = torch.zeros_like(probability_TE)
+        for expert in range(num_experts):
+            values = probability_TE[:, expert].tolist()
+            chosen_TE[sorted(range(num_tokens), key=lambda t: -values[t])[:m], expert] = 1
+        mask_TE = chosen_TE if training else above_TE
+        kept_TE = probability_TE * mask_TE
+        weight_TE = kept_TE / kept_TE.sum(dim=1, keepdim=True).where(mask_TE.any(1, keepdim=True), 1.0)
+        return weight_TE, ((above_TE - chosen_TE) * (probability_TE.detach() - log_threshold.exp())).sum()
+
+    primary, secondary = gate.primary, gate.secondary
+    groups_TA, threshold = level(x_TD, primary.w_gate, primary.log_threshold, 2)
+    columns = []
+    for group in range(NUM_GROUPS):
+        reached_T = groups_TA[:, group] > 0
+        within_TB = torch.zeros(len(x_TD), GROUP_SIZE, dtype=torch.float64)
+        if reached_T.any():
+            weight_RB, loss = level(
+                x_TD[reached_T], secondary.w_gate[group], secondary.log_threshold[group], 2
+            )
+            threshold = threshold + loss
+            within_TB = within_TB.index_put((reached_T.nonzero()[:, 0],), weight_RB)
+        columns.append(groups_TA[:, group : group + 1] * within_TB)
+    return torch.cat(columns, dim=1), threshold
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_strictly_balanced_levels_are_eq_12_of_two_gates_of_eq_16_in_value_and_gradient(training):
+    gate = balanced().train(training)
+    x_TD, _ = tokens_and_noise(gate)
+    expected_TE, threshold = balanced_as_they_read(gate, x_TD, training=training)
+    routing = gate(x_TD)
+    assert_close(dense(routing), expected_TE)
+    assert_close(routing.sums.importance_E, expected_TE.sum(dim=0))
+    assert routing.sums.num_unrouted == (expected_TE.sum(dim=1) == 0).sum()
+    cotangent_TE = torch.randn_like(expected_TE)
+    ours, theirs = (dense(routing) * cotangent_TE).sum(), (expected_TE * cotangent_TE).sum()
+    if training:
+        assert_close(routing.sums.threshold, threshold)
+        ours, theirs = ours + threshold_loss(routing), theirs + threshold / NUM_TOKENS
+    of = (x_TD, *gate.parameters())
+    for our_gradient, their_gradient in zip(gradients(ours, *of), gradients(theirs, *of), strict=True):
+        assert_close(our_gradient, their_gradient)
+
+
+def test_strictly_balanced_levels_give_all_experts_equally_many_tokens():
+    gate = balanced()
+    x_TD = torch.randn(6 * NUM_GROUPS * GROUP_SIZE, WIDTH, dtype=torch.float64)
+    assert set(gate(x_TD).sums.count_E.tolist()) == {2 * 2 * 6}
+
+
+def test_with_scope_the_blocks_of_a_balanced_hierarchy_are_routed_apart():
+    gate = balanced(scope=4)
+    x_TD = torch.randn(10, WIDTH, dtype=torch.float64)
+    parts_TE = torch.cat([dense(gate(x_TD[start : start + 4])) for start in (0, 4, 8)])
+    assert_close(dense(gate(x_TD)), parts_TE)
+
+
+@pytest.mark.parametrize("level", ["primary", "secondary"])
+def test_untrained_thresholds_are_refused_at_either_level(level):
+    gate = balanced().eval()
+    getattr(gate, level).reset_parameters()
+    with pytest.raises(ValueError, match=r"log_threshold \(.*\) was never trained"):
+        gate(torch.randn(3, WIDTH, dtype=torch.float64))
+
+
+def test_levels_that_do_not_fit_and_noise_that_cannot_be_given_are_refused():
+    secondary = NoisyTopKGroups(width=WIDTH, num_groups=3, group_size=2, k=1)
+    with pytest.raises(ValueError, match=r"primary.num_experts \(4\) must equal secondary.num_groups \(3\)"):
+        Hierarchical(primary=NoisyTopK(width=WIDTH, num_experts=4, k=2), secondary=secondary)
+    gate = Hierarchical(primary=Balanced(width=WIDTH, num_experts=3, k=2), secondary=secondary)
+    with pytest.raises(ValueError, match="noise: this hierarchy takes none; pass None"):
+        gate(torch.randn(3, WIDTH), None, torch.randn(3, 1))
+    for wrong in ({"k": 3}, {"k": 0}, {"num_groups": 0}):
+        with pytest.raises(ValueError, match=r"^(k|num_groups) \(\d\)"):
+            NoisyTopKGroups(**{"width": WIDTH, "num_groups": 3, "group_size": 2, "k": 1, **wrong})

@@ -11,13 +11,23 @@ from ..routing import BalanceSums, Routing
 class Gate(nn.Module, ABC):
     """Decides: `gate(x_TD, mask_T, noise) -> Routing`.
 
-    num_experts: E. pairs_per_token: K, the number of experts of each real token.
-    noise_width: standard normal draws per token in training; 0 for a gate without noise.
+    num_experts: E. pairs_per_token: K, the number of experts of each real token; where `pairs_vary` in
+        training, its mean.
+    noise_width: standard normal draws per token that can be given in training; 0 for none.
     """
 
     num_experts: int
     pairs_per_token: int
+    pairs_vary: bool = False
     noise_width: int
+
+    @property
+    def selects_over_batch(self) -> bool:
+        """Whether, in the present mode, a token's experts depend on the other tokens of the call.
+
+        Then parts of a batch are not routed as the whole would be, and a causal model sees the future.
+        """
+        return False
 
     @abstractmethod
     def forward(self, x_TD: Tensor, mask_T: Tensor | None = None, noise: Tensor | None = None) -> Routing:

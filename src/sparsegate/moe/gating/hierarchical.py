@@ -1,35 +1,53 @@
 """Hierarchical gating (appendix B of the paper): a gate over groups, and a gate in each group."""
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..dispatch import Plan, dispatch, in_pair_order, plan_rows
-from ..kernels.grouped import grouped_product
+from ..dispatch import dispatch, plan_rows
 from ..precision import autocast_off
-from ..routing import BalanceSums, Routing, count_by_expert, sum_by_expert
+from ..routing import BalanceSums, Routing, count, count_routed, sum_by
 from .gate import Gate, gate_dtype, without_padding
-from .noisy_topk import Choice, NoisyTopK, choose
+from .group_gates import ChoiceInGroups, GroupGates, NoisyTopKGroups
+from .noisy_topk import NoisyTopK
 
 
 class Hierarchical(Gate):
     """G(x)_ij = G_primary(x)_i G_i(x)_j over num_groups groups of equally many experts (eq. 12).
 
-    Noisy top-k gating at both levels. Only the chosen groups' gates are computed, by one grouped product over
-    all of them; memory grows with T * (groups + k_primary * (width + experts of a group)), never with T * E.
-    Expert j of group i is expert i * (num_experts / num_groups) + j of the routing. With k_primary = 1 the
-    group's weight is always 1, and only the balance losses train the primary gate.
+    Only the chosen groups' gates are computed, by one grouped product over all of them; memory grows with
+    T * (groups + k_primary * (width + experts of a group)), never with T * E. Expert j of group i is expert
+    i * group_size + j of the routing. Importance and load are those of eq. 13 and 14, over all experts
+    together. Where the primary gate gives the weight 1, as noisy top-k gating does with k = 1, only the
+    balance losses train it.
 
-    Importance and load are those of eq. 13 and 14, over all experts together. Noise is
-    [T, num_groups + k_primary * experts of a group]: the primary gate's, then that of each chosen group, the
-    best one first. All weights start at zero, as in a flat gate.
+    primary: a gate over the groups, such as `NoisyTopK` or `Balanced`. secondary: the gates in the groups,
+    `NoisyTopKGroups` or `BalancedGroups`. Noise is [T, that of the primary gate, then that of each chosen
+    group, the best one first]; where the number of groups of a token varies, the secondary gates draw their
+    own and none can be given.
 
-    width: of the input. k_primary: groups per token. k_secondary: experts per token in each of these groups.
-    noise_epsilon: added to the noise's standard deviation at both levels.
+    >>> gate = Hierarchical.noisy_topk(width=8, num_experts=12, num_groups=4, k_primary=2, k_secondary=1)
+    >>> gate(torch.randn(5, 8)).expert_N.shape
+    torch.Size([10])
     """
 
-    def __init__(
-        self,
+    def __init__(self, *, primary: Gate, secondary: GroupGates) -> None:
+        super().__init__()
+        if primary.num_experts != secondary.num_groups:
+            raise ValueError(
+                f"primary.num_experts ({primary.num_experts}) must equal "
+                f"secondary.num_groups ({secondary.num_groups})"
+            )
+        self.primary = primary
+        self.secondary = secondary
+        self.num_experts = secondary.num_groups * secondary.group_size
+        self.pairs_per_token = primary.pairs_per_token * secondary.pairs_per_row
+        self.pairs_vary = primary.pairs_vary
+        self.noise_width = primary.noise_width
+        if not primary.pairs_vary:
+            self.noise_width += primary.pairs_per_token * secondary.noise_width
+
+    @staticmethod
+    def noisy_topk(
         *,
         width: int,
         num_experts: int,
@@ -39,133 +57,124 @@ class Hierarchical(Gate):
         noise_epsilon: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
+    ) -> "Hierarchical":
+        """The paper's hierarchy: noisy top-k gating at both levels, all weights zero at the start.
+
+        k_primary: groups per token. k_secondary: experts per token in each of these groups. noise_epsilon:
+        added to the noise's standard deviation at both levels.
+        """
         require_hierarchy(
             num_experts=num_experts, num_groups=num_groups, k_primary=k_primary, k_secondary=k_secondary
         )
-        group_size = num_experts // num_groups
-        self.num_experts = num_experts
-        self.pairs_per_token = k_primary * k_secondary
-        self.noise_width = num_groups + k_primary * group_size
-        self.primary = NoisyTopK(
-            width=width,
-            num_experts=num_groups,
-            k=k_primary,
-            noise_epsilon=noise_epsilon,
-            device=device,
-            dtype=dtype,
+        return Hierarchical(
+            primary=NoisyTopK(
+                width=width,
+                num_experts=num_groups,
+                k=k_primary,
+                noise_epsilon=noise_epsilon,
+                device=device,
+                dtype=dtype,
+            ),
+            secondary=NoisyTopKGroups(
+                width=width,
+                num_groups=num_groups,
+                group_size=num_experts // num_groups,
+                k=k_secondary,
+                noise_epsilon=noise_epsilon,
+                device=device,
+                dtype=dtype,
+            ),
         )
-        self.secondary = GroupGates(
-            width=width,
-            num_groups=num_groups,
-            group_size=group_size,
-            k=k_secondary,
-            noise_epsilon=noise_epsilon,
-            device=device,
-            dtype=dtype,
-        )
+
+    @property
+    def selects_over_batch(self) -> bool:
+        return self.primary.selects_over_batch or self.secondary.selects_over_batch
 
     def ops_per_token(self) -> int:
-        num_groups, group_size = self.primary.num_experts, self.secondary.group_size
-        width = self.primary.w_gate.shape[0]
-        return 2 * width * (num_groups + self.primary.pairs_per_token * group_size)
+        return self.primary.ops_per_token() + self.primary.pairs_per_token * self.secondary.ops_per_row()
 
     def forward(self, x_TD: Tensor, mask_T: Tensor | None = None, noise: Tensor | None = None) -> Routing:
-        num_groups, group_size = self.primary.num_experts, self.secondary.group_size
-        noise_TA = noise_NB = None
-        if noise is not None:
-            noise_TA, noise_NB = noise[:, :num_groups], noise[:, num_groups:].reshape(-1, group_size)
+        primary_noise, noise_NB = self._split(noise)
         with autocast_off(x_TD.device):
-            x_TD = without_padding(x_TD, mask_T).to(gate_dtype(x_TD, self.primary.w_gate))
-            groups = self.primary(x_TD, mask_T, noise_TA)
+            x_TD = without_padding(x_TD, mask_T)
+            x_TD = x_TD.to(gate_dtype(x_TD, self.secondary.w_gate))
+            groups = self.primary(x_TD, mask_T, primary_noise)
             plan = plan_rows(groups)
-            clean_NB, choice = self.secondary(dispatch(x_TD, plan), plan, noise_NB)
-            return self._join(groups, clean_NB, choice)
+            choice = self.secondary(dispatch(x_TD, plan), groups, plan, noise_NB)
+            return self._join(groups, choice)
 
-    def _join(self, groups: Routing, clean_NB: Tensor, choice: Choice) -> Routing:
+    def _split(self, noise: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The noise of the primary gate, and of each row of the secondary ones."""
+        if noise is None:
+            return None, None
+        if not self.noise_width:
+            raise ValueError("noise: this hierarchy takes none; pass None")
+        width = self.primary.noise_width
+        primary_noise = noise[:, :width] if width else None
+        if width == self.noise_width:
+            return primary_noise, None
+        return primary_noise, noise[:, width:].reshape(-1, self.secondary.noise_width)
+
+    def _join(self, groups: Routing, choice: ChoiceInGroups) -> Routing:
         """The routing over all experts; a pair of a token and a group is a row here."""
-        num_groups, group_size = self.primary.num_experts, self.secondary.group_size
-        is_used_N1 = (groups.expert_N < num_groups)[:, None]
-        expert_NK = groups.expert_N[:, None] * group_size + choice.expert_TK
+        num_groups, group_size = self.secondary.num_groups, self.secondary.group_size
+        num_tokens = groups.pairs_T.shape[0]
+        group_P, token_P = groups.expert_N[choice.row_P], groups.token_N[choice.row_P]
         # A pair that reaches no group reaches no expert.
-        expert_NK = expert_NK.where(is_used_N1, self.num_experts)
-        weight_NK = (groups.weight_N[:, None] * choice.weight_TK).where(is_used_N1, 0.0)
-        count_E = count_by_expert(expert_NK, self.num_experts)
-        within_load_E = count_E.to(weight_NK.dtype)
-        if choice.in_topk_TE is not None:
-            within_load_E = self._sum_by_group(choice.in_topk_TE, groups)
-        group_z_N1 = clean_NB.logsumexp(dim=-1, keepdim=True)
-        sums = BalanceSums(
-            importance_E=sum_by_expert(weight_NK, expert_NK, self.num_experts),
+        is_used_P = (group_P < num_groups) & (choice.expert_P < group_size)
+        expert_P = (group_P * group_size + choice.expert_P).where(is_used_P, self.num_experts)
+        weight_P = (_of_rows(groups.weight_N, choice) * choice.weight_P).where(is_used_P, 0.0)
+        pairs_T, pairs_per_token = count(token_P, num_tokens), None
+        if groups.pairs_per_token is not None and choice.pairs_per_row is not None:
+            pairs_per_token = groups.pairs_per_token * choice.pairs_per_row
+        return Routing(
+            token_N=token_P,
+            expert_N=expert_P,
+            weight_N=weight_P,
+            pairs_T=pairs_T,
+            sums=self._sums(groups, choice, token_P, expert_P, weight_P),
+            num_experts=self.num_experts,
+            pairs_per_token=pairs_per_token,
+        )
+
+    def _sums(
+        self, groups: Routing, choice: ChoiceInGroups, token_P: Tensor, expert_P: Tensor, weight_P: Tensor
+    ) -> BalanceSums:
+        """Eq. 13, and the factors of eq. 14."""
+        count_E = count(expert_P, self.num_experts)
+        within_load_E = count_E.to(weight_P.dtype)
+        if choice.in_topk_NB is not None:
+            within_load_E = self._sum_by_group(choice.in_topk_NB, groups)
+        z_N1 = choice.logit_NB.logsumexp(dim=-1, keepdim=True)
+        is_used_N1 = (groups.expert_N < self.secondary.num_groups)[:, None]
+        num_routed = count_routed(token_P, expert_P < self.num_experts, groups.pairs_T.shape[0])
+        return BalanceSums(
+            importance_E=sum_by(weight_P, expert_P, self.num_experts),
             count_E=count_E,
             within_load_E=within_load_E,
             group_load_A=groups.sums.load_E,
             group_count_A=groups.sums.count_E,
-            within_probability_E=self._sum_by_group((clean_NB - group_z_N1).exp(), groups),
+            within_probability_E=self._sum_by_group((choice.logit_NB - z_N1).exp(), groups),
             group_probability_A=groups.sums.probability_E,
-            z=groups.sums.z + group_z_N1.where(is_used_N1, 0.0).square().sum(),
+            z=groups.sums.z + z_N1.where(is_used_N1, 0.0).square().sum(),
+            threshold=groups.sums.threshold + choice.threshold,
             num_tokens=groups.sums.num_tokens,
-        )
-        pairs = (-1, self.pairs_per_token)
-        return Routing.of_pairs(
-            expert_TK=expert_NK.reshape(pairs),
-            weight_TK=weight_NK.reshape(pairs),
-            num_experts=self.num_experts,
-            sums=sums,
+            num_unrouted=groups.sums.num_tokens - num_routed,
+            num_dropped=groups.sums.num_dropped,
         )
 
     def _sum_by_group(self, value_NB: Tensor, groups: Routing) -> Tensor:
         """Sum the rows of each group: [E], group by group. Unused pairs fall into a bin that is cut off."""
-        bins = value_NB.new_zeros(self.primary.num_experts + 1, value_NB.shape[1])
+        bins = value_NB.new_zeros(self.secondary.num_groups + 1, value_NB.shape[1])
         return bins.index_add(0, groups.expert_N, value_NB)[:-1].flatten()
 
 
-class GroupGates(nn.Module):
-    """The secondary gates G_1 .. G_a of a hierarchy (eq. 12): noisy top-k gating within each group.
-
-    Parameters: w_gate, w_noise [num_groups, width, group_size].
-    """
-
-    def __init__(
-        self,
-        *,
-        width: int,
-        num_groups: int,
-        group_size: int,
-        k: int,
-        noise_epsilon: float,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.group_size = group_size
-        self.k = k
-        self.noise_epsilon = noise_epsilon
-        shape = (num_groups, width, group_size)
-        self.w_gate = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.w_noise = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.w_gate)
-        nn.init.zeros_(self.w_noise)
-
-    def extra_repr(self) -> str:
-        num_groups, width, group_size = self.w_gate.shape
-        return f"width={width}, num_groups={num_groups}, group_size={group_size}, k={self.k}"
-
-    def forward(self, rows_ND: Tensor, plan: Plan, noise_NB: Tensor | None) -> tuple[Tensor, Choice]:
-        """rows_ND: tokens in the plan's order. noise_NB, and what is returned: in the pairs' order."""
-        clean_NB = self._logits(rows_ND, self.w_gate, plan)
-        std_NB = None
-        if self.training:
-            std_NB = F.softplus(self._logits(rows_ND, self.w_noise, plan)) + self.noise_epsilon
-            noise_NB = torch.randn_like(clean_NB) if noise_NB is None else noise_NB.to(clean_NB.dtype)
-        return clean_NB, choose(clean_NB, std_NB, noise_NB, k=self.k)
-
-    def _logits(self, rows_ND: Tensor, weight_ADB: Tensor, plan: Plan) -> Tensor:
-        return in_pair_order(grouped_product(rows_ND, weight_ADB.to(rows_ND.dtype), plan.end_E), plan)
+def _of_rows(value_N: Tensor, choice: ChoiceInGroups) -> Tensor:
+    """The value of each pair's row; where rows have equally many pairs without an index, whose gradient would
+    be summed in random order on a GPU."""
+    if choice.pairs_per_row is None:
+        return value_N[choice.row_P]
+    return value_N[:, None].expand(-1, choice.pairs_per_row).flatten()
 
 
 def require_hierarchy(*, num_experts: int, num_groups: int, k_primary: int, k_secondary: int) -> None:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sparsegate import MoE, TopK
+from sparsegate import MoE, SoftmaxTopK
 from sparsegate.moe.experts.feed_forward import FeedForward
 from sparsegate.moe.gating.noisy_topk import NoisyTopK
 from tests.helpers import moe_oracle as oracle
@@ -13,8 +13,8 @@ from tests.helpers.moe_cases import NUM_EXPERTS, WIDTH, gradients
 from tests.helpers.tolerances import assert_close
 
 
-def a_topk(**options) -> TopK:
-    gate = TopK(width=WIDTH, num_experts=NUM_EXPERTS, dtype=torch.float64, **options)
+def a_topk(**options) -> SoftmaxTopK:
+    gate = SoftmaxTopK(width=WIDTH, num_experts=NUM_EXPERTS, dtype=torch.float64, **options)
     torch.nn.init.normal_(gate.w_gate)
     return gate
 
@@ -82,7 +82,7 @@ def test_jitter_stops_in_evaluation():
 
 
 def test_a_fresh_gate_spreads_tokens_over_the_experts():
-    gate = TopK(width=64, num_experts=8, k=1)
+    gate = SoftmaxTopK(width=64, num_experts=8, k=1)
     count_E = gate(torch.randn(4000, 64)).sums.count_E
     assert 300 < count_E.min() <= count_E.max() < 800
 
@@ -98,9 +98,9 @@ def test_a_fresh_gate_spreads_tokens_over_the_experts():
 )
 def test_what_cannot_be_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
-        TopK(width=WIDTH, num_experts=NUM_EXPERTS, **wrong)
+        SoftmaxTopK(width=WIDTH, num_experts=NUM_EXPERTS, **wrong)
 
 
 def test_noise_that_would_not_be_used_is_refused():
-    with pytest.raises(ValueError, match="noise: a top-k gate without jitter uses none; pass None"):
+    with pytest.raises(ValueError, match="noise: a softmax top-k gate without jitter uses none; pass None"):
         a_topk(k=2)(torch.randn(3, WIDTH).double(), None, torch.randn(3, WIDTH))

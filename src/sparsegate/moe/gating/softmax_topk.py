@@ -8,7 +8,7 @@ from ..routing import Routing
 from .gate import Gate, gate_dtype, require_experts, without_padding
 
 
-class TopK(Gate):
+class SoftmaxTopK(Gate):
     """The k experts with the largest x W_gate, in every mode without noise.
 
     renormalize: true: G(x) = Softmax(KeepTopK(x W_gate, k)), eq. 3 and 5, the weights of a token sum to 1;
@@ -65,7 +65,7 @@ class TopK(Gate):
 
     def forward(self, x_TD: Tensor, mask_T: Tensor | None = None, noise: Tensor | None = None) -> Routing:
         if noise is not None and not self.jitter:
-            raise ValueError("noise: a top-k gate without jitter uses none; pass None")
+            raise ValueError("noise: a softmax top-k gate without jitter uses none; pass None")
         with autocast_off(x_TD.device):
             x_TD = without_padding(x_TD, mask_T).to(gate_dtype(x_TD, self.w_gate))
             if self.training and self.jitter:
