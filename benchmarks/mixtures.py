@@ -20,6 +20,15 @@ import torch
 from benchmarks.equal_computation import final_run, shortened
 from benchmarks.measuring import circumstances
 from sparsegate.inspection.balance import BALANCE_METRICS
+from sparsegate.models.gates import (
+    BalancedGate,
+    ExpertChoiceGate,
+    HierarchicalGate,
+    SigmoidTopKGate,
+    SoftmaxGate,
+    SoftmaxTopKGate,
+)
+from sparsegate.recipes.planner import plan
 from sparsegate.recipes.registry import recipe
 from sparsegate.recipes.search import search
 from sparsegate.training.config import LossConfig, RunConfig
@@ -41,7 +50,16 @@ def main() -> None:
         config = variants[name](base)
         chosen = rate or best_rate(config, args, name)
         config = replace(config, optim=replace(config.optim, learning_rate=chosen))
-        rows.append({"name": name, "learning_rate": chosen, "runs": runs(config, args, name)})
+        costs = plan(config.model)
+        rows.append(
+            {
+                "name": name,
+                "ops_per_timestep": costs.ops_per_timestep,
+                "parameters_without_embedding_and_softmax": costs.parameters_without_embedding_and_softmax,
+                "learning_rate": chosen,
+                "runs": runs(config, args, name),
+            }
+        )
         write_json_atomically(
             args.out / f"{args.table}.json", {**circumstances(), "steps": args.steps, "rows": rows}
         )
@@ -106,13 +124,44 @@ def _losses(importance: float, load: float) -> Vary:
     return lambda config: replace(config, losses=LossConfig(importance=importance, load=load))
 
 
+def _losses_of(**weights: float) -> LossConfig:
+    return replace(LossConfig(importance=0.0, load=0.0), **weights)
+
+
 # The six rows of table 6: weights of the importance and the load loss.
 LOSSES: Mapping[str, Vary] = {
     f"importance {importance:g}, load {load:g}": _losses(importance, load)
     for importance, load in [(0.0, 0.0), (0.2, 0.0), (0.0, 0.2), (0.1, 0.1), (0.01, 0.01), (1.0, 1.0)]
 }
 
-TABLES: Mapping[str, Mapping[str, Vary]] = {"losses": LOSSES}
+
+def _gate(losses: LossConfig, **model: Any) -> Vary:
+    return lambda config: replace(config, losses=losses, model=replace(config.model, **model))
+
+
+# Losses are those that were proposed with the gate; experts have the hidden width that gives equal cost.
+_CV, _SWITCH, _NONE = LossConfig(), _losses_of(switch=0.01), _losses_of()
+_IMPORTANCE = _losses_of(importance=0.1)
+GATES: Mapping[str, Vary] = {
+    "noisy top-4": _gate(_CV),
+    "noisy top-4, SwiGLU experts": _gate(_CV, experts="swiglu", hidden=171),
+    "noisy top-4, capacity 1.25": _gate(_CV, capacity=1.25),
+    "hierarchical noisy, 2 of 8 groups, 2 of 4 experts": _gate(_CV, gate=HierarchicalGate(num_groups=8)),
+    "strictly balanced": _gate(_IMPORTANCE, gate=BalancedGate()),
+    "strictly balanced, hierarchical": _gate(
+        _IMPORTANCE, gate=HierarchicalGate(num_groups=8, primary="balanced", secondary="balanced")
+    ),
+    "softmax top-4": _gate(_SWITCH, gate=SoftmaxTopKGate()),
+    "softmax top-4, z-loss 0.001": _gate(_losses_of(switch=0.01, z=0.001), gate=SoftmaxTopKGate()),
+    "Switch: top-1 of 8 experts of 1024": _gate(
+        _SWITCH, gate=SoftmaxTopKGate(renormalize=False, jitter=0.01), num_experts=8, k=1, hidden=1024
+    ),
+    "sigmoid top-4 with bias": _gate(_NONE, gate=SigmoidTopKGate()),
+    "expert choice (sees the future)": _gate(_NONE, gate=ExpertChoiceGate()),
+    "softmax over all, experts of 32": _gate(_NONE, gate=SoftmaxGate(), k=32, hidden=32),
+}
+
+TABLES: Mapping[str, Mapping[str, Vary]] = {"losses": LOSSES, "gates": GATES}
 
 
 def _arguments() -> argparse.Namespace:

@@ -5,7 +5,14 @@ from torch import Tensor
 
 from ..moe.routing import BalanceSums
 
-BALANCE_METRICS = ("cv_importance", "cv_load", "max_over_mean_load", "dead_experts")
+BALANCE_METRICS = (
+    "cv_importance",
+    "cv_load",
+    "max_over_mean_load",
+    "dead_experts",
+    "unrouted_share",
+    "dropped_share",
+)
 
 
 def balance_metrics(sums: BalanceSums) -> dict[str, float]:
@@ -17,9 +24,11 @@ def balance_metrics(sums: BalanceSums) -> dict[str, float]:
     max_over_mean_load: tokens of the busiest expert over the mean, hard counts. 1 is perfect balance, E/k is
         collapse.
     dead_experts: number of experts that received no token.
+    unrouted_share: share of the tokens that no expert took. dropped_share: share of the token-expert pairs
+        that a capacity dropped; they count as received in the others.
 
-    Without any token the first three are 0 and every expert is dead. Sums that are not finite give nan.
-    Copies the sums to the host, which waits for the device.
+    Without any token all but `dead_experts` are 0, and every expert is dead. Sums that are not finite give
+    nan. Copies the sums to the host, which waits for the device.
     """
     importance_E, load_E, count_E = (
         value_E.detach().cpu().double() for value_E in (sums.importance_E, sums.load_E, sums.count_E)
@@ -29,6 +38,8 @@ def balance_metrics(sums: BalanceSums) -> dict[str, float]:
         "cv_load": _cv(load_E),
         "max_over_mean_load": _over_mean(count_E.max(), count_E),
         "dead_experts": float((count_E == 0).sum()),
+        "unrouted_share": int(sums.num_unrouted) / max(int(sums.num_tokens), 1),
+        "dropped_share": int(sums.num_dropped) / max(int(count_E.sum()), 1),
     }
 
 

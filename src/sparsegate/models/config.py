@@ -1,7 +1,10 @@
 """What a language model is made of: one frozen dataclass per kind."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
+
+from .gates import GateConfig, NoisyTopKGate, require_gate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +48,19 @@ class MixtureLM(_Common):
     num_experts: int = field(metadata={"doc": "E"})
     k: int = field(metadata={"doc": "experts per token"})
     hidden: int = field(metadata={"doc": "hidden width of each expert"})
-    noise_epsilon: float = field(
-        default=0.0, metadata={"doc": "added to the gate noise's deviation (paper 0, its authors' code 0.01)"}
+    experts: Literal["feed_forward", "swiglu"] = field(
+        default="feed_forward",
+        metadata={"doc": "the paper's ReLU network of two products, or SwiGLU of three"},
+    )
+    gate: GateConfig = field(default=NoisyTopKGate(), metadata={"doc": "the gate"})
+    capacity: float | None = field(
+        default=None,
+        metadata={
+            "doc": "pairs that each expert takes, over its share in balance; none: no token is dropped"
+        },
+    )
+    drop: Literal["last", "lightest"] = field(
+        default="last", metadata={"doc": "which pairs a capacity drops: of the last tokens, or light ones"}
     )
 
     def __post_init__(self) -> None:
@@ -57,8 +71,12 @@ class MixtureLM(_Common):
             )
         if self.hidden < 1:
             raise ValueError(f"model.hidden ({self.hidden}) must be at least 1")
-        if not self.noise_epsilon >= 0:
-            raise ValueError(f"model.noise-epsilon ({self.noise_epsilon}) must be at least 0")
+        require_gate(self.gate, num_experts=self.num_experts, k=self.k)
+        if self.capacity is not None and not 1 <= self.capacity < math.inf:
+            raise ValueError(
+                f"model.capacity ({self.capacity}) must be at least 1, or none; below 1, perfect balance "
+                "drops tokens"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..moe.routing import Routing
+from ..moe.routing import BalanceSums, Routing
 from .layers import Layer, LSTMState
 from .softmax import FullSoftmax
 
@@ -85,6 +85,16 @@ class LanguageModel(nn.Module):
     def has_mixtures(self) -> bool:
         """Whether any layer routes, and so has balance losses."""
         return any(layer.routes for _, layer in self.named_layers())
+
+    def after_step(self, sums: Mapping[str, BalanceSums]) -> None:
+        """Tell the gates what an optimizer step was made of: sums over the whole batch, by layer name."""
+        for name, layer in self.named_layers():
+            if name in sums:
+                layer.after_step(sums[name])
+
+    def selects_over_batch(self) -> bool:
+        """Whether, in the present mode, a token's experts depend on the tokens after it."""
+        return any(layer.selects_over_batch for _, layer in self.named_layers())
 
     def noise_widths(self) -> dict[str, int]:
         """Standard normal draws per token that each layer's gate uses in training, by layer name."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..moe.layer import MoE
-from ..moe.routing import Routing
+from ..moe.routing import BalanceSums, Routing
 
 LSTMState = tuple[Tensor, Tensor]
 
@@ -43,6 +43,14 @@ class Layer(nn.Module, ABC):
     @abstractmethod
     def ops_per_token(self) -> int:
         """Multiply-adds per token in the forward pass: the paper's metric."""
+
+    def after_step(self, sums: BalanceSums) -> None:
+        """Called after each optimizer step with what the layer's routing added up to over the batch."""
+
+    @property
+    def selects_over_batch(self) -> bool:
+        """Whether, in the present mode, what a token meets depends on the other tokens of the batch."""
+        return False
 
 
 class Recurrent(Layer):
@@ -106,6 +114,13 @@ class Mixture(Layer):
 
     def ops_per_token(self) -> int:
         return self.moe.ops_per_token()
+
+    def after_step(self, sums: BalanceSums) -> None:
+        self.moe.gate.after_step(sums)
+
+    @property
+    def selects_over_batch(self) -> bool:
+        return self.moe.gate.selects_over_batch
 
 
 class Dense(Layer):

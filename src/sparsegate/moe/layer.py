@@ -95,8 +95,12 @@ class MoE(nn.Module):
         return y_TD.reshape(x.shape), routing
 
     def ops_per_token(self) -> int:
-        """Multiply-adds per token in the forward pass, gate included: the paper's metric (section 5.1)."""
-        return self.gate.ops_per_token() + self.gate.pairs_per_token * self.experts.ops_per_pair()
+        """Multiply-adds per token in the forward pass, gate included: the paper's metric (section 5.1).
+
+        A shared module counts one for each parameter, which holds for stacks of linear layers.
+        """
+        shared = 0 if self.shared is None else sum(p.numel() for p in self.shared.parameters())
+        return self.gate.ops_per_token() + self.gate.pairs_per_token * self.experts.ops_per_pair() + shared
 
 
 def _flatten(name: str, value: Tensor | None, leading: torch.Size, *trailing: int) -> Tensor | None:

@@ -58,10 +58,13 @@ class LossConfig:
 
     importance: float = option("weight of the importance loss (eq. 7)", 0.1)
     load: float = option("weight of the load loss (eq. 11)", 0.1)
+    switch: float = option("weight of Switch's balance loss, for gates without noise", 0.0)
+    z: float = option("weight of the z-loss, which keeps the gate's logits small", 0.0)
+    threshold: float = option("weight of the loss that trains the thresholds of balanced gates (eq. 20)", 1.0)
 
     def __post_init__(self) -> None:
-        require(self.importance >= 0, "losses.importance", self.importance, "at least 0")
-        require(self.load >= 0, "losses.load", self.load, "at least 0")
+        for name in ("importance", "load", "switch", "z", "threshold"):
+            require(getattr(self, name) >= 0, f"losses.{name}", getattr(self, name), "at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)

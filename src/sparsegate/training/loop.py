@@ -143,6 +143,7 @@ class Run:
         apply_gradient(
             self.state.model, self.state.optimizer, gradient, learning_rate=rate, clip_norm=optim.clip_norm
         )
+        self.state.model.after_step(gradient.sums)
         self.state.carried = gradient.state
         progress.step += 1
         progress.tokens += gradient.num_tokens

@@ -107,13 +107,16 @@ def replace_by_path(config: Config, changes: Mapping[str, object]) -> Config:
     Raises:
         ValueError: as `from_json`.
     """
-    kinds = {path: value for path, value in changes.items() if path.endswith(".kind")}
-    _check_known(kinds, config)
-    for path, kind in kinds.items():
-        config = _with_kind(config, path.removesuffix(".kind"), kind)
-    values = {path: value for path, value in changes.items() if path not in kinds}
-    _check_known(values, config)
-    return _replaced(config, values, "")
+    cls, data = type(config), to_json(config)
+    # Outer sections become of another kind before inner ones, and all of them before their fields are set.
+    for path in sorted(changes, key=lambda path: (not path.endswith(".kind"), path.count("."))):
+        _check_known(path, cls, data)
+        if path.endswith(".kind"):
+            _change_kind(cls, data, path.removesuffix(".kind"), changes[path])
+        else:
+            owner, section, name = _owner(cls, data, path)
+            section[name] = _json_value(_types(owner)[name], changes[path], path)
+    return from_json(cls, data)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -150,36 +153,49 @@ def type_name(annotation: Any) -> str:
     return "none" if annotation is NoneType else annotation.__name__.lower()
 
 
-def _check_known(paths: Iterable[str], config: "DataclassInstance") -> None:
-    known = [option.path for option in options(config)]
-    for path in paths:
-        if path not in known:
-            raise ValueError(f"{path}: no such field{did_you_mean(path, known)}")
+def _check_known(path: str, cls: type, data: Mapping[str, Any]) -> None:
+    known = list(_paths(cls, data, ""))
+    if path not in known:
+        raise ValueError(f"{path}: no such field{did_you_mean(path, known)}")
 
 
-def _replaced(config: Config, changes: Mapping[str, object], path: str) -> Config:
-    types = _types(type(config))
-    values = _values(config)
-    sections: dict[str, dict[str, object]] = {}
-    for key, value in changes.items():
-        name, dot, rest = key.partition(".")
-        if dot:
-            sections.setdefault(name, {})[rest] = value
-        else:
-            values[name] = _value(types[name], value, path + name, from_text=isinstance(value, str))
-    for name, inner in sections.items():
-        values[name] = _replaced(values[name], inner, f"{path}{name}.")
-    return _construct(type(config), values, path)
+def _paths(cls: type, data: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    """The paths that can be changed, `kind` of sections with several ones among them."""
+    for name, annotation in _types(cls).items():
+        classes = _sections(annotation)
+        if classes:
+            if len(classes) > 1:
+                yield f"{prefix}{name}.kind"
+            yield from _paths(_class_in(classes, data[name]), data[name], f"{prefix}{name}.")
+        elif name != "kind":
+            yield prefix + name
 
 
-def _with_kind(config: Config, name: str, kind: object) -> Config:
-    cls = _class_of_kind(_sections(_types(type(config))[name]), kind, f"{name}.")
-    section = getattr(config, name)
-    if cls is type(section):
-        return config
-    old, new = _types(type(section)), _types(cls)
-    kept = {key: value for key, value in to_json(section).items() if new.get(key) == old[key]}
-    return dataclasses.replace(config, **{name: _section((cls,), kept, f"{name}.")})
+def _owner(cls: type, data: dict[str, Any], path: str) -> tuple[type, dict[str, Any], str]:
+    """The section in which a field stands, as class and as data, and the field's own name."""
+    *sections, name = path.split(".")
+    for section in sections:
+        data, classes = data[section], _sections(_types(cls)[section])
+        cls = _class_in(classes, data)
+    return cls, data, name
+
+
+def _class_in(classes: "Classes", data: Mapping[str, Any]) -> type:
+    return classes[0] if len(classes) == 1 else _by_kind(classes)[data["kind"]]
+
+
+def _change_kind(cls: type, data: dict[str, Any], path: str, kind: object) -> None:
+    owner, section, name = _owner(cls, data, path)
+    classes = _sections(_types(owner)[name])
+    new = _types(_class_of_kind(classes, kind, f"{path}."))
+    old = _types(_class_in(classes, section[name]))
+    kept = {key: value for key, value in section[name].items() if new.get(key) == old[key]}
+    section[name] = {**kept, "kind": kind}
+
+
+def _json_value(annotation: Any, value: object, path: str) -> Json:
+    checked = _value(annotation, value, path, from_text=isinstance(value, str))
+    return TypeAdapter(annotation).dump_python(checked, mode="json")
 
 
 def _section(classes: "Classes", data: object, path: str) -> Any:
@@ -252,10 +268,6 @@ def _split(annotation: Any, text: str) -> object:
 
 def _short(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _values(config: "DataclassInstance") -> dict[str, Any]:
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
 
 def _types(cls: type) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from ..data import Batch
 from ..models import LanguageModel, LanguageModelOutput
-from ..moe.losses import importance_loss, load_loss
+from ..moe.losses import importance_loss, load_loss, switch_loss, threshold_loss, z_loss
 from ..moe.routing import BalanceSums
 from .config import LossConfig, RunConfig
 from .noise import Draw, derived_seed, gate_noise
@@ -116,8 +116,15 @@ def apply_gradient(
 
 
 def balance_loss(sums: Mapping[str, BalanceSums], weights: LossConfig) -> Tensor:
-    """The weighted importance and load losses, added over the layers (eq. 7 and 11); 0 without mixtures."""
-    losses = [weights.importance * importance_loss(s) + weights.load * load_loss(s) for s in sums.values()]
+    """The weighted losses of what gates decided, added over the layers; 0 without mixtures."""
+    losses = [
+        weights.importance * importance_loss(s)
+        + weights.load * load_loss(s)
+        + weights.switch * switch_loss(s)
+        + weights.z * z_loss(s)
+        + weights.threshold * threshold_loss(s)
+        for s in sums.values()
+    ]
     return torch.stack(losses).sum() if losses else torch.zeros(())
 
 

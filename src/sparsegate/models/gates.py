@@ -1,0 +1,212 @@
+"""The gates that a language model's mixture may have: what each is made of, and how it is built."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..moe.gating.balanced import Balanced
+from ..moe.gating.expert_choice import ExpertChoice
+from ..moe.gating.gate import Gate
+from ..moe.gating.group_gates import BalancedGroups, GroupGates, NoisyTopKGroups
+from ..moe.gating.hierarchical import Hierarchical
+from ..moe.gating.noisy_topk import NoisyTopK
+from ..moe.gating.sigmoid_topk import SigmoidTopK
+from ..moe.gating.softmax import Softmax
+from ..moe.gating.softmax_topk import SoftmaxTopK
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoisyTopKGate:
+    """The paper's gate (eq. 3 to 5)."""
+
+    kind: Literal["noisy_topk"] = "noisy_topk"
+    noise_epsilon: float = field(
+        default=0.0, metadata={"doc": "added to the noise's deviation (paper 0, its authors' code 0.01)"}
+    )
+
+    def __post_init__(self) -> None:
+        _require_epsilon(self.noise_epsilon)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HierarchicalGate:
+    """A gate over groups and one in each group (eq. 12); model.k is the product of the choices of both."""
+
+    kind: Literal["hierarchical"] = "hierarchical"
+    num_groups: int = field(default=16, metadata={"doc": "groups of equally many experts"})
+    k_primary: int = field(default=2, metadata={"doc": "groups per token; k_primary must divide model.k"})
+    primary: Literal["noisy_topk", "balanced"] = field(
+        default="noisy_topk", metadata={"doc": "the gate over the groups"}
+    )
+    secondary: Literal["noisy_topk", "balanced"] = field(
+        default="noisy_topk", metadata={"doc": "the gates in the groups"}
+    )
+    noise_epsilon: float = field(default=0.0, metadata={"doc": "added to the noise's deviation"})
+
+    def __post_init__(self) -> None:
+        _require_epsilon(self.noise_epsilon)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalancedGate:
+    """Strictly balanced (eq. 15 to 20): equal batches in training, trained thresholds in evaluation."""
+
+    kind: Literal["balanced"] = "balanced"
+    scope: int | None = field(
+        default=None, metadata={"doc": "consecutive tokens that compete in training; none: a whole batch"}
+    )
+    most_per_token: int | None = field(
+        default=None, metadata={"doc": "experts of a token in evaluation at most; none: no bound"}
+    )
+
+    def __post_init__(self) -> None:
+        _require_scope(self.scope)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertChoiceGate:
+    """Each expert takes its best tokens (Zhou et al. 2022), in evaluation too: it sees a text's future."""
+
+    kind: Literal["expert_choice"] = "expert_choice"
+    scope: int | None = field(
+        default=None, metadata={"doc": "consecutive tokens that compete; none: all of a batch"}
+    )
+
+    def __post_init__(self) -> None:
+        _require_scope(self.scope)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftmaxGate:
+    """All experts for every token (eq. 2); model.k is the number of experts."""
+
+    kind: Literal["softmax"] = "softmax"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftmaxTopKGate:
+    """Top-k without noise; with k = 1, renormalize false and jitter 0.01 the gate of Switch."""
+
+    kind: Literal["softmax_topk"] = "softmax_topk"
+    renormalize: bool = field(
+        default=True, metadata={"doc": "whether a token's weights sum to 1, or stay its probabilities"}
+    )
+    jitter: float = field(
+        default=0.0,
+        metadata={"doc": "in training the gate's input is multiplied by 1 - jitter to 1 + jitter"},
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"model.gate.jitter ({self.jitter}) must be at least 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SigmoidTopKGate:
+    """Sigmoid scores and a bias that balances without a loss (DeepSeek-V3)."""
+
+    kind: Literal["sigmoid_topk"] = "sigmoid_topk"
+    bias_rate: float = field(default=1e-3, metadata={"doc": "step of the bias after each update"})
+
+    def __post_init__(self) -> None:
+        if not self.bias_rate >= 0:
+            raise ValueError(f"model.gate.bias-rate ({self.bias_rate}) must be at least 0")
+
+
+GateConfig = (
+    NoisyTopKGate
+    | HierarchicalGate
+    | BalancedGate
+    | ExpertChoiceGate
+    | SoftmaxGate
+    | SoftmaxTopKGate
+    | SigmoidTopKGate
+)
+
+
+def require_gate(config: GateConfig, *, num_experts: int, k: int) -> None:
+    """Refuse a gate that does not fit the experts, naming fields as the command line does."""
+    if isinstance(config, SoftmaxGate) and k != num_experts:
+        raise ValueError(
+            f"model.k ({k}) must equal model.num-experts ({num_experts}) with model.gate.kind softmax, "
+            "which chooses all experts"
+        )
+    if isinstance(config, BalancedGate) and not 1 <= (config.most_per_token or 1) <= num_experts:
+        raise ValueError(
+            f"model.gate.most-per-token ({config.most_per_token}) must be between 1 and model.num-experts "
+            f"({num_experts}), or none"
+        )
+    if not isinstance(config, HierarchicalGate):
+        return
+    if config.num_groups < 1 or num_experts % config.num_groups:
+        raise ValueError(
+            f"model.gate.num-groups ({config.num_groups}) must divide model.num-experts ({num_experts})"
+        )
+    if not 1 <= config.k_primary <= config.num_groups or k % config.k_primary:
+        raise ValueError(
+            f"model.gate.k-primary ({config.k_primary}) must be between 1 and model.gate.num-groups "
+            f"({config.num_groups}), and divide model.k ({k})"
+        )
+    if k // config.k_primary > num_experts // config.num_groups:
+        raise ValueError(
+            f"model.k ({k}) must be at most model.gate.k-primary ({config.k_primary}) times the experts of a "
+            f"group ({num_experts // config.num_groups})"
+        )
+
+
+def build_gate(config: GateConfig, *, width: int, num_experts: int, k: int, **options: Any) -> Gate:
+    """The gate, freshly initialised. options: device and dtype."""
+    common: dict[str, Any] = {"width": width, "num_experts": num_experts, **options}
+    match config:
+        case NoisyTopKGate():
+            return NoisyTopK(k=k, noise_epsilon=config.noise_epsilon, **common)
+        case BalancedGate():
+            return Balanced(k=k, scope=config.scope, most_per_token=config.most_per_token, **common)
+        case ExpertChoiceGate():
+            return ExpertChoice(k=k, scope=config.scope, **common)
+        case SoftmaxGate():
+            return Softmax(**common)
+        case SoftmaxTopKGate():
+            return SoftmaxTopK(k=k, renormalize=config.renormalize, jitter=config.jitter, **common)
+        case SigmoidTopKGate():
+            return SigmoidTopK(k=k, bias_rate=config.bias_rate, **common)
+        case HierarchicalGate():
+            return _hierarchy(config, width=width, num_experts=num_experts, k=k, **options)
+
+
+def _hierarchy(
+    config: HierarchicalGate, *, width: int, num_experts: int, k: int, **options: Any
+) -> Hierarchical:
+    groups: dict[str, Any] = {
+        "width": width,
+        "num_groups": config.num_groups,
+        "group_size": num_experts // config.num_groups,
+        "k": k // config.k_primary,
+        **options,
+    }
+    primary: Gate
+    secondary: GroupGates
+    if config.primary == "balanced":
+        primary = Balanced(width=width, num_experts=config.num_groups, k=config.k_primary, **options)
+    else:
+        primary = NoisyTopK(
+            width=width,
+            num_experts=config.num_groups,
+            k=config.k_primary,
+            noise_epsilon=config.noise_epsilon,
+            **options,
+        )
+    if config.secondary == "balanced":
+        secondary = BalancedGroups(**groups)
+    else:
+        secondary = NoisyTopKGroups(noise_epsilon=config.noise_epsilon, **groups)
+    return Hierarchical(primary=primary, secondary=secondary)
+
+
+def _require_epsilon(noise_epsilon: float) -> None:
+    if not noise_epsilon >= 0:
+        raise ValueError(f"model.gate.noise-epsilon ({noise_epsilon}) must be at least 0")
+
+
+def _require_scope(scope: int | None) -> None:
+    if scope is not None and scope < 1:
+        raise ValueError(f"model.gate.scope ({scope}) must be at least 1 token, or none")
