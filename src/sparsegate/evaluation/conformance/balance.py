@@ -8,7 +8,18 @@ from torch import Tensor
 from . import equations
 from .implementation import OfBatch
 from .law import Factory, Law, NotApplicable, Number, exposed
-from .trial import STANDARD_ERRORS, Trial, difference, exact, finite_differences, in_float64, trained, worst
+from .trial import (
+    STANDARD_ERRORS,
+    Trial,
+    as_built,
+    difference,
+    exact,
+    finite_differences,
+    gradients,
+    in_float64,
+    trained,
+    worst,
+)
 
 _NUM_BATCHES = 32
 _NUM_REDRAWS = 4096
@@ -142,6 +153,25 @@ def _gradient_of_load_loss_is_the_derivative(make: Factory) -> Sequence[Number]:
     return _derivative(trial, exposed(trial.implementation.load_loss))
 
 
+def _losses_train_the_gate(make: Factory) -> Sequence[Number]:
+    trial = as_built(make)
+    _require_smooth_load(trial)
+    implementation, x_TD, noise_TE = trial.train(), trial.crowd(), trial.noise()
+    numbers = []
+    losses = {"importance": implementation.importance_loss, "load": implementation.load_loss}
+    for name, loss in losses.items():
+        slopes = gradients(exposed(loss)(x_TD, None, noise_TE), list(trial.parameters.values()))
+        trained_ones = sum(bool(slope.any()) for slope in slopes)
+        numbers.append(
+            Number(
+                what=f"parameters that get a gradient from the {name} loss, of {len(slopes)}",
+                measured=trained_ones,
+                expected=max(1, trained_ones),
+            )
+        )
+    return numbers
+
+
 LAWS = (
     Law(
         name="load-is-the-sum-of-probabilities",
@@ -184,6 +214,13 @@ LAWS = (
         source="eq. 11",
         needs=("load_loss", "load"),
         check=_load_loss_is_squared_variation,
+    ),
+    Law(
+        name="losses-train-the-gate",
+        statement="From the start, each of the two losses gives a gradient to some parameters.",
+        source="section 4 and appendix A: the load is smooth, so that it can be learned from",
+        needs=("importance_loss", "load_loss"),
+        check=_losses_train_the_gate,
     ),
     Law(
         name="gradient-of-importance-loss-is-the-derivative",

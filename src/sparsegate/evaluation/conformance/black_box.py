@@ -37,10 +37,7 @@ def _output_is_finite(make: Factory) -> Sequence[Number]:
     numbers = []
     for mode in MODES:
         trial.implementation.module.train(mode == "training")
-        y_TD = _output(trial, x_TD)
-        if y_TD.shape != x_TD.shape:
-            raise ValueError(f"the output's shape {[*y_TD.shape]} must be that of the input, {[*x_TD.shape]}")
-        numbers.append(_finite(f"output in {mode}", y_TD))
+        numbers.append(_finite(f"output in {mode}", _output(trial, x_TD)))
     return numbers
 
 
@@ -67,8 +64,10 @@ def _token_does_not_see_its_company(make: Factory) -> Sequence[Number]:
     trial = exact(make)
     trial.evaluate()
     x_TD = trial.crowd()
-    alone_TD = torch.cat([_output(trial, x_TD[t : t + 1]) for t in range(len(x_TD))])
-    return [difference("output in company, against alone", _output(trial, x_TD), alone_TD, trial.tolerance)]
+    some_T = range(0, len(x_TD), 4)
+    alone_TD = torch.cat([_output(trial, x_TD[t : t + 1]) for t in some_T])
+    in_company_TD = _output(trial, x_TD)[list(some_T)]
+    return [difference("output in company, against alone", in_company_TD, alone_TD, trial.tolerance)]
 
 
 def _order_of_tokens_does_not_matter(make: Factory) -> Sequence[Number]:
@@ -104,7 +103,7 @@ def _single_token_trains(make: Factory) -> Sequence[Number]:
 def _bfloat16_is_close_to_float32(make: Factory) -> Sequence[Number]:
     trial = trained(make)
     implementation = trial.evaluate()
-    x_TD = trial.tokens()
+    x_TD = trial.tokens(4 * NUM_TOKENS)
     expected_TD = _output(trial, x_TD)
     implementation.module.bfloat16()
     y_TD = _output(trial, x_TD.bfloat16())
@@ -237,6 +236,7 @@ LAWS = (
         name="every-weight-learns-from-the-task",
         statement="With k > 1 every parameter, of the gate as well, gets a gradient from the output.",
         source="section 2.1: the values of the top k have nonzero derivatives by the gate's weights",
+        needs=("k",),
         check=_every_weight_learns_from_the_task,
     ),
 )

@@ -68,13 +68,17 @@ class Implementation:
             raise ValueError("expert and swap: they name experts by index; give num_experts")
 
     def output(self, x_TD: Tensor, mask_T: Tensor | None = None, noise_TE: Tensor | None = None) -> Tensor:
-        """y_TD by `forward`, or by the module itself where that is absent."""
+        """y_TD by `forward`, or by the module itself where that is absent.
+
+        Raises:
+            ValueError: the output has another shape than the input.
+        """
         if self.forward is not None:
-            return self.forward(x_TD, mask_T, noise_TE)
-        result = self.module(x_TD[None])
-        y_1TD = result[0] if isinstance(result, tuple) else result
-        if y_1TD.shape != (1, *x_TD.shape):
-            raise ValueError(
-                f"the output's shape {[*y_1TD.shape]} must be that of the input, {[1, *x_TD.shape]}"
-            )
-        return y_1TD[0]
+            given, y = x_TD, self.forward(x_TD, mask_T, noise_TE)
+        else:
+            given = x_TD[None]
+            result = self.module(given)
+            y = result[0] if isinstance(result, tuple) else result
+        if y.shape != given.shape:
+            raise ValueError(f"the output's shape {[*y.shape]} must be that of the input, {[*given.shape]}")
+        return y.reshape(x_TD.shape)

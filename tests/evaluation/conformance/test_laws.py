@@ -1,0 +1,97 @@
+"""The laws hold for two layers that share no code, and each of them fails for a fault that breaks it."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from sparsegate import Implementation
+from sparsegate.evaluation.conformance.own import noisy_topk
+from sparsegate.evaluation.conformance.suite import LAWS, conform, try_law
+from tests.helpers.conformance_faults import FAULTS
+from tests.helpers.conformance_plain import plain
+
+BY_NAME = {law.name: law for law in LAWS}
+BLACK_BOX = [law for law in LAWS if not law.needs]
+AT_RANDOM = ["start-is-balanced", "noise-chooses-as-often-as-stated", "probability-is-the-share-of-redraws"]
+AT_RANDOM += ["probabilities-sum-to-k", "load-is-unbiased"]
+
+
+@pytest.mark.parametrize("factory", [noisy_topk, plain])
+def test_a_layer_of_the_paper_passes_every_law_and_skips_none(factory):
+    assert [(o.law.name, o.told) for o in conform(factory) if o.result != "passed"] == []
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_fails_its_laws_and_no_others(name):
+    outcomes = list(conform(lambda: plain(**FAULTS[name].parts)))
+    assert {o.law.name for o in outcomes if o.result == "failed"} == FAULTS[name].fails
+    assert all(o.told for o in outcomes if o.result == "failed")
+
+
+def test_every_law_fails_for_some_fault():
+    assert set().union(*(fault.fails for fault in FAULTS.values())) == set(BY_NAME)
+
+
+@pytest.mark.parametrize("name", AT_RANDOM)
+def test_laws_that_draw_hold_for_any_seed(name):
+    for factory in (noisy_topk, plain):
+        outcomes = [try_law(BY_NAME[name], factory, seed=seed) for seed in range(1, 9)]
+        assert [o.told for o in outcomes if o.result != "passed"] == []
+
+
+def test_a_law_is_named_once_and_needs_fields_that_exist():
+    assert len(BY_NAME) == len(LAWS)
+    fields = {field.name for field in dataclasses.fields(Implementation)}
+    assert all(set(law.needs) <= fields for law in LAWS)
+
+
+def test_trying_a_law_leaves_the_global_generator_alone():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    list(conform(plain, LAWS[:3]))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def in_float32(layer: torch.nn.Module) -> torch.nn.Module:
+    return layer
+
+
+class Narrow(torch.nn.Module):
+    """A layer that computes in float32, or answers in it, or refuses anything else."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind = kind
+        self.linear = torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        if self.kind == "refuses" and x.dtype == torch.float64:
+            raise TypeError("no float64")
+        y = torch.nn.functional.linear(x.float(), self.linear.weight.float())
+        return y if self.kind == "answers" else y.to(x.dtype)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("refuses", "it refuses float64: TypeError: no float64"),
+        ("answers", "it answers float64 with float32"),
+        ("rounds", "part of it computes in less than float64: its output jumps by "),
+    ],
+)
+def test_without_float64_derivatives_are_skipped_and_other_laws_tried_in_float32(kind, reason):
+    outcomes = conform(lambda: Implementation(module=Narrow(kind), width=4), BLACK_BOX)
+    found = {outcome.law.name: outcome for outcome in outcomes}
+    for name in ("gradient-of-input-is-the-derivative", "gradient-of-weights-is-the-derivative"):
+        assert found[name].result == "skipped"
+        assert found[name].reason.startswith(reason)
+    assert found["token-does-not-see-its-company"].result == "passed"
+    assert found["order-of-tokens-does-not-matter"].result == "passed"
+
+
+def test_where_every_expert_is_chosen_there_is_no_smooth_load_to_try():
+    everything = dataclasses.replace(noisy_topk(), k=6)
+    outcome = try_law(BY_NAME["load-is-the-sum-of-probabilities"], lambda: everything)
+    assert (outcome.result, outcome.numbers) == ("skipped", ())
+    assert outcome.reason.startswith("with k = num_experts")
