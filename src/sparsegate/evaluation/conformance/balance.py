@@ -13,6 +13,7 @@ from .trial import (
     Trial,
     as_built,
     difference,
+    draws_of,
     exact,
     finite_differences,
     gradients,
@@ -117,10 +118,10 @@ def _importance_loss_is_squared_variation(make: Factory) -> Sequence[Number]:
     trial = exact(make)
     implementation, x_TD, noise_TE = trial.train(), trial.crowd(), trial.noise()
     with torch.no_grad():
-        torch.manual_seed(1)
-        loss = exposed(implementation.importance_loss)(x_TD, None, noise_TE)
-        torch.manual_seed(1)
-        importance_E = exposed(implementation.gates)(x_TD, None, noise_TE).sum(dim=0)
+        with draws_of(1):
+            loss = exposed(implementation.importance_loss)(x_TD, None, noise_TE)
+        with draws_of(1):
+            importance_E = exposed(implementation.gates)(x_TD, None, noise_TE).sum(dim=0)
     return [difference("importance loss", loss, equations.squared_cv(importance_E), trial.tolerance)]
 
 
@@ -128,10 +129,10 @@ def _load_loss_is_squared_variation(make: Factory) -> Sequence[Number]:
     trial = exact(make)
     implementation, x_TD, noise_TE = trial.train(), trial.crowd(), trial.noise()
     with torch.no_grad():
-        torch.manual_seed(1)
-        loss = exposed(implementation.load_loss)(x_TD, None, noise_TE)
-        torch.manual_seed(1)
-        load_E = exposed(implementation.load)(x_TD, None, noise_TE)
+        with draws_of(1):
+            loss = exposed(implementation.load_loss)(x_TD, None, noise_TE)
+        with draws_of(1):
+            load_E = exposed(implementation.load)(x_TD, None, noise_TE)
     return [difference("load loss", loss, equations.squared_cv(load_E), trial.tolerance)]
 
 

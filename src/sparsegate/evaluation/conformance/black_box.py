@@ -23,7 +23,7 @@ MODES = ("training", "evaluation")
 
 @torch.no_grad()
 def _output(trial: Trial, x_TD: Tensor) -> Tensor:
-    return trial.implementation.output(x_TD)
+    return trial.output(x_TD)
 
 
 def _finite(what: str, value: Tensor) -> Number:
@@ -43,9 +43,23 @@ def _output_is_finite(make: Factory) -> Sequence[Number]:
 
 def _evaluation_repeats_itself(make: Factory) -> Sequence[Number]:
     trial = trained(make)
-    trial.evaluate()
-    x_TD = trial.crowd()
-    return [difference("output, called twice", _output(trial, x_TD), _output(trial, x_TD), 0.0)]
+    implementation, x_TD = trial.evaluate(), trial.tokens(4 * NUM_TOKENS)
+    with torch.no_grad():
+        first_TD, second_TD = (implementation.output(x_TD.clone()) for _ in range(2))
+    return [difference("output, called again", second_TD, first_TD, 0.0)]
+
+
+def _input_is_not_written_to(make: Factory) -> Sequence[Number]:
+    trial = trained(make)
+    x_TD = trial.tokens()
+    numbers = []
+    for mode in MODES:
+        trial.implementation.module.train(mode == "training")
+        given_TD = x_TD.clone()
+        with torch.no_grad():
+            trial.implementation.output(given_TD)
+        numbers.append(difference(f"input after a call in {mode}", given_TD, x_TD, 0.0))
+    return numbers
 
 
 def _training_leaves_evaluation_alone(make: Factory) -> Sequence[Number]:
@@ -94,7 +108,7 @@ def _empty_batch_is_a_batch(make: Factory) -> Sequence[Number]:
 def _single_token_trains(make: Factory) -> Sequence[Number]:
     trial = trained(make)
     trial.train()
-    y_TD = trial.implementation.output(trial.tokens(1))
+    y_TD = trial.output(trial.tokens(1))
     slopes = gradients(y_TD.square().sum(), list(trial.parameters.values()))
     slope_N = torch.cat([slope.flatten() for slope in slopes]) if slopes else y_TD.new_empty(0)
     return [_finite("output", y_TD), _finite("gradients of the parameters", slope_N)]
@@ -118,7 +132,6 @@ def _bfloat16_is_close_to_float32(make: Factory) -> Sequence[Number]:
 
 def _state_dict_holds_everything(make: Factory) -> Sequence[Number]:
     original = trained(make)
-    torch.manual_seed(1)
     copy = trained(make)
     copy.implementation.module.load_state_dict(original.implementation.module.state_dict())
     x_TD = original.tokens()
@@ -129,24 +142,24 @@ def _state_dict_holds_everything(make: Factory) -> Sequence[Number]:
 
 def _gradient_of_input_is_the_derivative(make: Factory) -> Sequence[Number]:
     trial = in_float64(make)
-    implementation = trial.train()
+    trial.train()
     x_TD, noise_TE = trial.crowd().requires_grad_(), trial.noise()
     cotangent_TD = torch.randn_like(x_TD)
 
     def value() -> Tensor:
-        return (implementation.output(x_TD, None, noise_TE) * cotangent_TD).sum()
+        return (trial.output(x_TD, None, noise_TE) * cotangent_TD).sum()
 
     return list(finite_differences(value, {"the input": x_TD}))
 
 
 def _gradient_of_weights_is_the_derivative(make: Factory) -> Sequence[Number]:
     trial = in_float64(make)
-    implementation = trial.train()
+    trial.train()
     x_TD, noise_TE = trial.crowd(), trial.noise()
     cotangent_TD = torch.randn_like(x_TD)
 
     def value() -> Tensor:
-        return (implementation.output(x_TD, None, noise_TE) * cotangent_TD).sum()
+        return (trial.output(x_TD, None, noise_TE) * cotangent_TD).sum()
 
     return [worst(list(finite_differences(value, trial.parameters)))]
 
@@ -157,8 +170,8 @@ def _every_weight_learns_from_the_task(make: Factory) -> Sequence[Number]:
         raise NotApplicable(
             "with k = 1 the weight of eq. 3 is always 1, and the task gives the gate no gradient"
         )
-    implementation = trial.train()
-    y_TD = implementation.output(trial.tokens(16 * NUM_TOKENS))
+    trial.train()
+    y_TD = trial.output(trial.tokens(16 * NUM_TOKENS))
     slopes = gradients(y_TD.square().sum(), list(trial.parameters.values()))
     without = [name for name, slope in zip(trial.parameters, slopes, strict=True) if not slope.any()]
     names = f" ({', '.join(without[:4])}{', ...' if without[4:] else ''})" if without else ""
@@ -177,6 +190,12 @@ LAWS = (
         statement="In evaluation mode the same input gives the same output, bit for bit.",
         source="section 2.1: the noise is there to balance training",
         check=_evaluation_repeats_itself,
+    ),
+    Law(
+        name="input-is-not-written-to",
+        statement="The layer does not change the tensor that it is given.",
+        source="use: a residual connection adds the input to the output",
+        check=_input_is_not_written_to,
     ),
     Law(
         name="training-leaves-evaluation-alone",

@@ -6,16 +6,17 @@ import torch
 from torch import Tensor
 
 from .law import Factory, Law, Number, exposed
-from .trial import Trial, difference, exact, gradients, trained, worst
+from .trial import Trial, difference, draws_of, exact, gradients, trained, worst
 
 
 def _sparse_and_dense(trial: Trial, x_TD: Tensor) -> tuple[Tensor, Tensor]:
     """The output as dispatched, and the sum over all experts of G(x)_i E_i(x)."""
     implementation, noise_TE = trial.train_if_noise_is_taken(), trial.noise()
-    gate_TE = exposed(implementation.gates)(x_TD, None, noise_TE)
+    with draws_of(1):
+        gate_TE = exposed(implementation.gates)(x_TD.clone(), None, noise_TE)
     expert = exposed(implementation.expert)
     parts = [gate_TE[:, i, None] * expert(i, x_TD) for i in range(gate_TE.shape[1])]
-    return implementation.output(x_TD, None, noise_TE), torch.stack(parts).sum(dim=0)
+    return trial.output(x_TD, None, noise_TE), torch.stack(parts).sum(dim=0)
 
 
 @torch.no_grad()
@@ -48,12 +49,12 @@ def _swapped_experts_change_nothing(make: Factory) -> Sequence[Number]:
     trial = exact(make)
     implementation, x_TD = trial.train_if_noise_is_taken(), trial.crowd()
     noise_TE = trial.noise()
-    before_TD = implementation.output(x_TD, None, noise_TE)
+    before_TD = trial.output(x_TD, None, noise_TE)
     num_experts = exposed(implementation.num_experts)
     permutation = [*range(1, num_experts), 0]
     exposed(implementation.swap)(permutation)
     permuted_TE = None if noise_TE is None else noise_TE[:, permutation]
-    after_TD = implementation.output(x_TD, None, permuted_TE)
+    after_TD = trial.output(x_TD, None, permuted_TE)
     return [difference("output after the swap", after_TD, before_TD, 10 * trial.tolerance)]
 
 
@@ -73,11 +74,12 @@ def _mask(trial: Trial) -> Tensor:
 
 def _padding_leaves_no_trace_in_outputs(make: Factory) -> Sequence[Number]:
     trial = exact(make)
-    implementation, mask_T = trial.train_if_noise_is_taken(), _mask(trial)
+    trial.train_if_noise_is_taken()
+    mask_T = _mask(trial)
     x_TD, noise_TE = _with_padding(trial, mask_T)
     real_TE = None if noise_TE is None else noise_TE[mask_T]
-    padded_TD = implementation.output(x_TD, mask_T, noise_TE)[mask_T]
-    real_TD = implementation.output(x_TD[mask_T], None, real_TE)
+    padded_TD = trial.output(x_TD, mask_T, noise_TE)[mask_T]
+    real_TD = trial.output(x_TD[mask_T], None, real_TE)
     of, tolerance = trial.parameters, 10 * trial.tolerance
     padded, real = (gradients(y_TD.square().sum(), list(of.values())) for y_TD in (padded_TD, real_TD))
     numbers = [
@@ -90,9 +92,10 @@ def _padding_leaves_no_trace_in_outputs(make: Factory) -> Sequence[Number]:
 @torch.no_grad()
 def _padding_gets_no_output(make: Factory) -> Sequence[Number]:
     trial = trained(make)
-    implementation, mask_T = trial.train_if_noise_is_taken(), _mask(trial)
+    trial.train_if_noise_is_taken()
+    mask_T = _mask(trial)
     x_TD, noise_TE = _with_padding(trial, mask_T)
-    padding_TD = implementation.output(x_TD, mask_T, noise_TE)[~mask_T]
+    padding_TD = trial.output(x_TD, mask_T, noise_TE)[~mask_T]
     return [difference("output of padding", padding_TD, torch.zeros_like(padding_TD), 0.0)]
 
 
