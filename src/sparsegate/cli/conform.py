@@ -43,8 +43,8 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: Namespace) -> int:
     laws = _chosen(args.law)
-    # A module that is not installed is looked for in the current folder, as `python -m` does.
-    sys.path.insert(0, "")
+    if "" not in sys.path:  # as `python -m` has it: modules of the current folder
+        sys.path.insert(0, "")
     console = Console(file=sys.stdout, highlight=False)
     outcomes = []
     with redirect_stdout(sys.stderr):  # what the implementation prints is no part of the report

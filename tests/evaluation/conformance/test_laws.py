@@ -53,10 +53,6 @@ def test_trying_a_law_leaves_the_global_generator_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def in_float32(layer: torch.nn.Module) -> torch.nn.Module:
-    return layer
-
-
 class Narrow(torch.nn.Module):
     """A layer that computes in float32, or answers in it, or refuses anything else."""
 

@@ -4,11 +4,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from . import balance, black_box, gating, mixture
 from .law import Factory, Law, NotApplicable, Number
-from .trial import one_line
+from .trial import draws_of, one_line
 
 LAWS: tuple[Law, ...] = (*black_box.LAWS, *gating.LAWS, *balance.LAWS, *mixture.LAWS)
 
@@ -43,18 +41,17 @@ def try_law(law: Law, factory: Factory, *, seed: int = 0) -> Outcome:
     Whatever the implementation raises is a failure of the law. Everything random follows from the seed; the
     global generator is left as it was.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        try:
+    try:
+        with draws_of(seed):
             missing = law.missing(factory())
-            if missing:
-                return Outcome(law=law, result="skipped", reason=f"not exposed: {', '.join(missing)}")
-            torch.manual_seed(seed)
+        if missing:
+            return Outcome(law=law, result="skipped", reason=f"not exposed: {', '.join(missing)}")
+        with draws_of(seed):
             numbers = law.check(factory)
-        except NotApplicable as reason:
-            return Outcome(law=law, result="skipped", reason=str(reason))
-        except Exception as error:
-            return Outcome(law=law, result="failed", reason=one_line(error))
+    except NotApplicable as reason:
+        return Outcome(law=law, result="skipped", reason=str(reason))
+    except Exception as error:
+        return Outcome(law=law, result="failed", reason=one_line(error))
     holds = all(number.holds for number in numbers)
     return Outcome(law=law, result="passed" if holds else "failed", numbers=numbers)
 

@@ -193,9 +193,12 @@ def finite_differences(value: Callable[[], Tensor], of: dict[str, Tensor]) -> It
 
 @contextmanager
 def draws_of(seed: int) -> Iterator[None]:
-    """Random numbers of a seed inside, and the generator as it was afterwards."""
+    """Random numbers of a seed inside, and the generators as they were afterwards."""
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        # torch.manual_seed does the same, and prints a stack for devices that are not there.
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed_all(seed)
         yield
 
 
