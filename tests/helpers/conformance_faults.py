@@ -173,7 +173,8 @@ FAULTS: dict[str, Fault] = {
             "probability-is-the-share-of-redraws",
             "probabilities-sum-to-k",
             "load-is-unbiased",
-            "losses-train-the-gate",
+            "importance-loss-trains-the-gate",
+            "load-loss-trains-the-gate",
         },
     ),
     "noise in evaluation": Fault(
@@ -218,7 +219,7 @@ FAULTS: dict[str, Fault] = {
             "load-is-the-sum-of-probabilities",
             "importance-loss-is-squared-variation",
             "load-loss-is-squared-variation",
-            "losses-train-the-gate",
+            "load-loss-trains-the-gate",
             "gradient-of-importance-loss-is-the-derivative",
             "gradient-of-load-loss-is-the-derivative",
             "gradient-is-that-of-the-dense-sum",
@@ -256,7 +257,7 @@ FAULTS: dict[str, Fault] = {
             "gradient-of-weights-is-the-derivative",
             "every-weight-learns-from-the-task",
             "gradient-of-gates-is-the-derivative",
-            "losses-train-the-gate",
+            "importance-loss-trains-the-gate",
             "gradient-of-importance-loss-is-the-derivative",
         },
     ),
@@ -267,7 +268,7 @@ FAULTS: dict[str, Fault] = {
             "probability-is-the-share-of-redraws",
             "probabilities-sum-to-k",
             "load-is-unbiased",
-            "losses-train-the-gate",
+            "load-loss-trains-the-gate",
         },
     ),
     "noisy logit in eq. 9": Fault(
@@ -288,7 +289,11 @@ FAULTS: dict[str, Fault] = {
     ),
     "hard counts for the load": Fault(
         {"probability": hard_counts},
-        {"load-is-the-sum-of-probabilities", "probability-is-the-share-of-redraws", "losses-train-the-gate"},
+        {
+            "load-is-the-sum-of-probabilities",
+            "probability-is-the-share-of-redraws",
+            "load-loss-trains-the-gate",
+        },
     ),
     "another draw for the load": Fault(
         {"probability": another_draw},
@@ -310,7 +315,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "importance detached": Fault(
         {"for_importance": lambda gate, h: gate.detach()},
-        {"losses-train-the-gate", "gradient-of-importance-loss-is-the-derivative"},
+        {"importance-loss-trains-the-gate", "gradient-of-importance-loss-is-the-derivative"},
     ),
     "padding counted in the losses": Fault(
         {"mask_for_losses": lambda mask: None}, {"padding-leaves-no-trace-in-losses"}

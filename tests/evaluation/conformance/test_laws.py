@@ -22,6 +22,24 @@ def test_a_layer_of_the_paper_passes_every_law_and_skips_none(factory):
     assert [(o.law.name, o.told) for o in conform(factory) if o.result != "passed"] == []
 
 
+@pytest.mark.parametrize(
+    ("sizes", "skipped"),
+    [
+        ({"num_experts": 2, "k": 1}, {"with k = 1 the"}),
+        ({"num_experts": 4, "k": 4}, {"with k = num_experts every expert"}),
+        ({"num_experts": 1, "k": 1}, {"with k = 1 the", "with k = num_experts every expert"}),
+        ({"num_experts": 32, "k": 4, "width": 64, "noise_epsilon": 0.01}, set()),
+        ({"width": 1, "num_experts": 3}, set()),
+    ],
+)
+def test_a_layer_of_another_size_breaks_no_law(sizes, skipped):
+    outcomes = list(conform(lambda: noisy_topk(**sizes)))
+    assert [(o.law.name, o.told) for o in outcomes if o.result == "failed"] == []
+    reasons = {o.told for o in outcomes if o.result == "skipped"}
+    assert {start for start in skipped if any(r.startswith(start) for r in reasons)} == skipped
+    assert all(reason.startswith(tuple(skipped)) for reason in reasons)
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_fails_its_laws_and_no_others(name):
     outcomes = list(conform(lambda: plain(**FAULTS[name].parts)))

@@ -13,10 +13,11 @@ from ...moe.losses import importance_loss, load_loss
 from .implementation import Implementation
 
 
-def noisy_topk() -> Implementation:
-    """`MoE.noisy_topk` of width 16, with 6 experts of which each token gets 2."""
-    width, hidden, num_experts, k = 16, 24, 6, 2
-    gate = NoisyTopK(width=width, num_experts=num_experts, k=k)
+def noisy_topk(
+    *, width: int = 16, hidden: int = 24, num_experts: int = 6, k: int = 2, noise_epsilon: float = 0.0
+) -> Implementation:
+    """`MoE.noisy_topk`, small unless told otherwise."""
+    gate = NoisyTopK(width=width, num_experts=num_experts, k=k, noise_epsilon=noise_epsilon)
     experts = FeedForward(width=width, hidden=hidden, num_experts=num_experts)
     moe = MoE(gate=gate, experts=experts)
 
@@ -43,8 +44,8 @@ def noisy_topk() -> Implementation:
         takes_noise=True,
         gates=gates,
         logits=lambda x_TD: x_TD @ gate.w_gate,
-        noise_std=lambda x_TD: F.softplus(x_TD @ gate.w_noise) + gate.noise_epsilon,
-        noise_epsilon=gate.noise_epsilon,
+        noise_std=lambda x_TD: F.softplus(x_TD @ gate.w_noise) + noise_epsilon,
+        noise_epsilon=noise_epsilon,
         load=lambda x_TD, mask_T, noise_TE: gate(x_TD, mask_T, noise_TE).sums.load_E,
         importance_loss=lambda x_TD, mask_T, noise_TE: importance_loss(gate(x_TD, mask_T, noise_TE)),
         load_loss=lambda x_TD, mask_T, noise_TE: load_loss(gate(x_TD, mask_T, noise_TE)),

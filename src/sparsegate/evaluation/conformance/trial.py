@@ -194,10 +194,11 @@ def finite_differences(value: Callable[[], Tensor], of: dict[str, Tensor]) -> It
 @contextmanager
 def draws_of(seed: int) -> Iterator[None]:
     """Random numbers of a seed inside, and the generators as they were afterwards."""
-    with torch.random.fork_rng():
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices):
         # torch.manual_seed does the same, and prints a stack for devices that are not there.
         torch.default_generator.manual_seed(seed)
-        if torch.cuda.is_initialized():
+        if devices:
             torch.cuda.manual_seed_all(seed)
         yield
 
