@@ -18,9 +18,13 @@ from sparsegate import Implementation
 WIDTH, HIDDEN, NUM_EXPERTS, K = 16, 24, 8, 2
 
 
-def mixtral() -> Implementation:
+def mixtral(*, router_jitter_noise: float = 0.0) -> Implementation:
     config = MixtralConfig(
-        hidden_size=WIDTH, intermediate_size=HIDDEN, num_local_experts=NUM_EXPERTS, num_experts_per_tok=K
+        hidden_size=WIDTH,
+        intermediate_size=HIDDEN,
+        num_local_experts=NUM_EXPERTS,
+        num_experts_per_tok=K,
+        router_jitter_noise=router_jitter_noise,
     )
     return adapt_stacked(MixtralSparseMoeBlock(config))
 

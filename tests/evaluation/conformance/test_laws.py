@@ -1,6 +1,7 @@
 """The laws hold for two layers that share no code, and each of them fails for a fault that breaks it."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,3 +110,13 @@ def test_where_every_expert_is_chosen_there_is_no_smooth_load_to_try():
     outcome = try_law(BY_NAME["load-is-the-sum-of-probabilities"], lambda: everything)
     assert (outcome.result, outcome.numbers) == ("skipped", ())
     assert outcome.reason.startswith("with k = num_experts")
+
+
+def test_the_table_of_the_document_is_the_laws():
+    document = (Path(__file__).parents[3] / "docs/conformance.md").read_text()
+    for law in LAWS:
+        needs = ", ".join(f"`{name}`" for name in law.needs)
+        assert f"| `{law.name}` | {law.statement} | {law.source} | {needs} |\n" in document
+    assert f"tries {len(LAWS)} laws" in document
+    assert f"{len(BLACK_BOX)} laws need no more" in document
+    assert f"with one of {len(FAULTS)} faults planted" in document

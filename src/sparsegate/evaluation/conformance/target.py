@@ -51,9 +51,10 @@ def _imported(target: str) -> Callable[..., Any]:
     try:
         found: Any = import_module(package)
     except (Exception, SystemExit) as error:
+        absent = isinstance(error, ModuleNotFoundError)
+        cure = "install it, or go to the folder that holds it" if absent else "it must be importable"
         raise ValueError(
-            f"target ({target}): importing {package} raised {one_line(error)}; "
-            "install it, or go to the folder that holds it"
+            f"target ({target}): importing {package} raised {one_line(error)}; {cure}"
         ) from error
     for name in path.split("."):
         if not hasattr(found, name):
