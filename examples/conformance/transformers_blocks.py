@@ -73,8 +73,8 @@ def adapt_stacked(block: nn.Module) -> Implementation:
         return weight_TK.new_zeros(len(x_TD), NUM_EXPERTS).scatter(1, index_TK, weight_TK)
 
     def expert(index, rows_RD):
-        gate_RH, up_RH = nn.functional.linear(rows_RD, experts.gate_up_proj[index]).chunk(2, dim=-1)
-        return nn.functional.linear(experts.act_fn(gate_RH) * up_RH, experts.down_proj[index])
+        index_R1 = torch.full((len(rows_RD), 1), index)
+        return experts(rows_RD, index_R1, rows_RD.new_ones(len(rows_RD), 1))
 
     @torch.no_grad()
     def swap(permutation):

@@ -45,6 +45,13 @@ def identity():
     return torch.nn.Identity()
 
 
+same = torch.nn.Identity()
+
+
+def shared():
+    return same
+
+
 constant = 3
 '''
 
@@ -137,6 +144,10 @@ def test_one_law_can_be_tried_alone(capsys: Capture):
             ["sparsegate.evaluation.conformance.own:noisy_topk", "--width", "3"],
             "width (3): sparsegate.evaluation.conformance.own:noisy_topk says 16 itself; leave --width out",
         ),
+        (
+            ["layers:shared", "--width", "4"],
+            "target (layers:shared): two calls returned the same module; it must",
+        ),
         (["layers:identity", "a"], "argument (a) must be KEY=VALUE, such as num_experts=8"),
         (
             ["layers:identity", "--law", "gates-sum-to-2"],
@@ -149,5 +160,5 @@ def test_what_cannot_be_tried_is_refused_in_one_line(words: list[str], line: str
     assert main(["conform", *words]) == 2
     told = capsys.readouterr()
     assert told.out == ""
-    assert told.err.removeprefix("a layer is made\n").startswith(f"sparsegate conform: {line}")
-    assert told.err.removeprefix("a layer is made\n").count("\n") == 1
+    assert told.err.replace("a layer is made\n", "").startswith(f"sparsegate conform: {line}")
+    assert told.err.replace("a layer is made\n", "").count("\n") == 1

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsegate import Implementation
+from sparsegate import FeedForward, Hierarchical, Implementation, MoE, Softmax
 from sparsegate.evaluation.conformance.own import noisy_topk
 from sparsegate.evaluation.conformance.suite import LAWS, conform, try_law
 from tests.helpers.conformance_faults import FAULTS
@@ -46,6 +46,22 @@ def test_a_fault_fails_its_laws_and_no_others(name):
     outcomes = list(conform(lambda: plain(**FAULTS[name].parts)))
     assert {o.law.name for o in outcomes if o.result == "failed"} == FAULTS[name].fails
     assert all(o.told for o in outcomes if o.result == "failed")
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [
+        lambda: Softmax(width=8, num_experts=6),
+        lambda: Hierarchical(width=8, num_experts=6, num_groups=3, k_primary=2, k_secondary=1),
+    ],
+    ids=["softmax", "hierarchical"],
+)
+def test_our_other_layers_pass_the_laws_of_black_boxes(gate):
+    def make():
+        moe = MoE(gate=gate(), experts=FeedForward(width=8, hidden=12, num_experts=6))
+        return Implementation(module=moe, width=8)
+
+    assert [(o.law.name, o.told) for o in conform(make, BLACK_BOX) if o.result != "passed"] == []
 
 
 def test_every_law_fails_for_some_fault():

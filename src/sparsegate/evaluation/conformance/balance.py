@@ -158,7 +158,7 @@ def _trains(trial: Trial, loss: OfBatch) -> Sequence[Number]:
     trial.train()
     slopes = gradients(loss(trial.crowd(), None, trial.noise()), list(trial.parameters.values()))
     idle = not any(bool(slope.any()) for slope in slopes)
-    return [Number(what="losses that give no parameter a gradient", measured=idle, expected=0)]
+    return [Number(what="losses that give no parameter a gradient", measured=int(idle), expected=0)]
 
 
 def _importance_loss_trains_the_gate(make: Factory) -> Sequence[Number]:

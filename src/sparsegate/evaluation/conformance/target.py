@@ -23,7 +23,8 @@ def load_factory(
     nn.Module. width: of an nn.Module's input; an Implementation says it itself. arguments: for each call.
 
     Raises:
-        ValueError: it cannot be imported, is missing, cannot be called, or makes something else.
+        ValueError: it cannot be imported, is missing, cannot be called, makes something else, or makes one
+            module for all calls.
     """
     function = _imported(target)
 
@@ -34,14 +35,23 @@ def load_factory(
         return made
 
     try:
-        made = function(**(arguments or {}))
+        made, again = (function(**(arguments or {})) for _ in range(2))
     except (Exception, SystemExit) as error:
         raise ValueError(
             f"target ({target}): its call raised {one_line(error)}; "
             "it must make a layer from no more than the given KEY=VALUE arguments"
         ) from error
     _check(target, made, width)
+    if _module(made) is _module(again):
+        raise ValueError(
+            f"target ({target}): two calls returned the same module; "
+            "it must make a new one each time, for laws change its weights"
+        )
     return factory
+
+
+def _module(made: object) -> object:
+    return made.module if isinstance(made, Implementation) else made
 
 
 def _imported(target: str) -> Callable[..., Any]:

@@ -173,6 +173,10 @@ def finite_differences(value: Callable[[], Tensor], of: dict[str, Tensor]) -> It
         with draws_of(1):
             return value()
 
+    def moved(tensor: Tensor, place: Tensor) -> Tensor:
+        tensor.copy_(place)
+        return again()
+
     start = again()
     size = max(1.0, abs(float(start.detach())))
     for (name, tensor), gradient in zip(of.items(), gradients(start, list(of.values())), strict=True):
@@ -180,7 +184,8 @@ def finite_differences(value: Callable[[], Tensor], of: dict[str, Tensor]) -> It
         along /= along.norm().clamp_min(1e-300)
         with torch.no_grad():
             before = tensor.clone()
-            above, below = (float(again_at(again, tensor, before + s * _STEP * along)) for s in (1, -1))
+            above = float(moved(tensor, before + _STEP * along))
+            below = float(moved(tensor, before - _STEP * along))
             tensor.copy_(before)
         slope = (above - below) / (2 * _STEP)
         yield Number(
@@ -201,12 +206,6 @@ def draws_of(seed: int) -> Iterator[None]:
         if devices:
             torch.cuda.manual_seed_all(seed)
         yield
-
-
-def again_at(value: Callable[[], Tensor], tensor: Tensor, place: Tensor) -> Tensor:
-    """A scalar with a tensor moved to another place."""
-    tensor.copy_(place)
-    return value()
 
 
 def one_line(error: BaseException) -> str:
