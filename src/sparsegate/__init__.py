@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .evaluation.conformance.implementation import Implementation as Implementation
     from .moe.experts.feed_forward import FeedForward as FeedForward
     from .moe.experts.modules import ModuleExperts as ModuleExperts
     from .moe.experts.swiglu import SwiGLU as SwiGLU
@@ -40,6 +41,7 @@ _HOMES = {
     "FeedForward": "moe.experts.feed_forward",
     "Hierarchical": "moe.gating.hierarchical",
     "ModuleExperts": "moe.experts.modules",
+    "Implementation": "evaluation.conformance.implementation",
     "MoE": "moe.layer",
     "NoisyTopK": "moe.gating.noisy_topk",
     "NoisyTopKGroups": "moe.gating.group_gates",

@@ -21,6 +21,7 @@ VERBS = {
     "generate": "Let a trained model write.",
     "score": "Print the log-probability of each sentence and token.",
     "plan": "Count the parameters and operations of a model without building it.",
+    "conform": "Try the paper's laws on a mixture-of-experts layer of any origin.",
     "search": "Try learning rates and dropouts, and keep the best.",
     "quickstart": "Train a small mixture and the dense model of equal cost, and compare them.",
 }
@@ -39,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb.
 
     Returns:
-        0 done, or saved on a signal; 2 the user's input; 3 cannot save; 4 repeated non-finite steps; 130
-        interrupted; 141 whoever read the output went away.
+        0 done, or saved on a signal; 1 done, and a law failed (`conform`); 2 the user's input; 3 cannot save;
+        4 repeated non-finite steps; 130 interrupted; 141 whoever read the output went away.
     """
     words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     where = f"sparsegate {words[0]}" if words[0] in VERBS else "sparsegate"
