@@ -7,6 +7,9 @@ import pytest
 from sparsegate import load
 from sparsegate.cli import evaluate
 from sparsegate.cli.main import main
+from sparsegate.data import Dataset
+from sparsegate.models.gates import ExpertChoiceGate
+from tests.helpers.runs import make_run
 
 
 @pytest.fixture(autouse=True)
@@ -69,3 +72,16 @@ def test_bad_input_is_refused_in_one_line(words: str, capsys: pytest.CaptureFixt
     assert out == ""
     assert err.startswith("sparsegate evaluate: ")
     assert err.count("\n") == 1
+
+
+def test_a_model_that_sees_the_future_is_named(book: Path, capsys: pytest.CaptureFixture[str]):
+    dataset = Dataset.open(book / "text/dataset")
+    make_run(book / "runs/choice", dataset, gate=ExpertChoiceGate())
+    assert main(["evaluate", "runs/choice", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["sees_the_future"] is True
+    assert err.startswith("sparsegate evaluate: warning: runs/choice: its gate chooses over all tokens")
+    assert main(["evaluate", "runs/book", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["sees_the_future"] is False
+    assert err == ""

@@ -1,9 +1,21 @@
 """Small language models of every kind, and the paper's formulas for what they are made of."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from sparsegate.models import FeedForwardLM, LanguageModel, LanguageModelConfig, MixtureLM, RecurrentLM, build
+from sparsegate.models.gates import (
+    BalancedGate,
+    ExpertChoiceGate,
+    GateConfig,
+    HierarchicalGate,
+    NoisyTopKGate,
+    SigmoidTopKGate,
+    SoftmaxGate,
+    SoftmaxTopKGate,
+)
 
 VOCAB_SIZE = 11
 WIDTH = 6
@@ -17,6 +29,23 @@ CONFIGS: dict[str, LanguageModelConfig] = {
     "projected": RecurrentLM(**(_COMMON | {"lstm_units": 9, "lstm_projection": WIDTH}), num_layers=2),
     "biased": RecurrentLM(**_COMMON, lstm_bias=True, num_layers=1),
 }
+
+# Gates over six experts; those that choose over a batch do so within sequences of five tokens.
+GATES: dict[str, GateConfig] = {
+    "noisy_topk": NoisyTopKGate(),
+    "hierarchical": HierarchicalGate(num_groups=3, noise_epsilon=0.01),
+    "balanced_hierarchy": HierarchicalGate(num_groups=3, primary="balanced", secondary="balanced", scope=5),
+    "balanced": BalancedGate(scope=5, most_per_token=3),
+    "expert_choice": ExpertChoiceGate(scope=5),
+    "softmax": SoftmaxGate(),
+    "softmax_topk": SoftmaxTopKGate(renormalize=False, jitter=0.01),
+    "sigmoid_topk": SigmoidTopKGate(bias_rate=0.5),
+}
+
+
+def with_gate(config: MixtureLM, name: str) -> MixtureLM:
+    """The mixture with six experts and the gate of that name."""
+    return replace(config, num_experts=6, k=6 if name == "softmax" else 2, gate=GATES[name])
 
 
 def a_model(config: LanguageModelConfig) -> LanguageModel:

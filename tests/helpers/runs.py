@@ -5,6 +5,7 @@ from pathlib import Path
 
 from sparsegate.data import Dataset, prepare, save_vocabulary
 from sparsegate.models import MixtureLM
+from sparsegate.models.gates import GateConfig, NoisyTopKGate
 from sparsegate.training.config import ContinuousConfig, RunConfig, SentencesConfig
 from sparsegate.training.loop import make_state
 from sparsegate.training.overrides import to_json
@@ -39,6 +40,7 @@ def make_run(
     steps: tuple[int, ...] = (10, 20),
     best: int | None = 10,
     sentences: bool = False,
+    gate: GateConfig | None = None,
 ) -> RunConfig:
     """A run with checkpoints of random weights, other ones at each step."""
     model = MixtureLM(
@@ -49,6 +51,7 @@ def make_run(
         num_experts=4,
         k=2,
         hidden=8,
+        gate=gate or NoisyTopKGate(),
     )
     batches = SentencesConfig() if sentences else ContinuousConfig()
     config = RunConfig(

@@ -93,12 +93,12 @@ def test_metrics_do_not_depend_on_the_number_of_equal_batches():
 
 def test_without_tokens_nothing_is_unbalanced_and_every_expert_is_dead():
     metrics = balance_metrics(sums_of([0.0] * 5, [0.0] * 5, [0] * 5))
-    assert metrics == {"cv_importance": 0, "cv_load": 0, "max_over_mean_load": 0, "dead_experts": 5}
+    assert metrics == {**dict.fromkeys(BALANCE_METRICS, 0), "dead_experts": 5}
 
 
 def test_one_expert_is_in_balance():
     metrics = balance_metrics(sums_of([3.0], [7.0], [7]))
-    assert metrics == {"cv_importance": 0, "cv_load": 0, "max_over_mean_load": 1, "dead_experts": 0}
+    assert metrics == {**dict.fromkeys(BALANCE_METRICS, 0), "max_over_mean_load": 1}
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
@@ -123,3 +123,11 @@ def test_metrics_take_sums_that_carry_a_graph():
         **UNUSED,
     )
     assert balance_metrics(graph) == balance_metrics(sums)
+
+
+def test_shares_are_of_the_tokens_and_of_the_pairs():
+    sums = sums_of([1.0, 1.0], [4.0, 4.0], [4, 4])
+    changed = BalanceSums(**{**vars(sums), "num_unrouted": torch.tensor(2), "num_dropped": torch.tensor(3)})
+    metrics = balance_metrics(changed)
+    assert metrics["unrouted_share"] == 2 / 8
+    assert metrics["dropped_share"] == 3 / 8

@@ -1,12 +1,26 @@
 """The models of the paper's table 7: parameters and multiply-adds, and the names in their checkpoints."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
+from sparsegate import (
+    Balanced,
+    BalancedGroups,
+    Capacity,
+    ExpertChoice,
+    Hierarchical,
+    NoisyTopK,
+    NoisyTopKGroups,
+    SigmoidTopK,
+    Softmax,
+    SoftmaxTopK,
+    SwiGLU,
+)
 from sparsegate.models import FeedForwardLM, MixtureLM, RecurrentLM, build
-from tests.helpers.model_cases import CONFIGS, WIDTH
+from sparsegate.models.gates import NoisyTopKGate
+from tests.helpers.model_cases import CONFIGS, GATES, WIDTH, with_gate
 
 VOCAB_SIZE = 793_471
 PAPER = {"vocab_size": VOCAB_SIZE, "width": 512, "lstm_units": 512, "dropout": 0.1}
@@ -122,10 +136,73 @@ def test_the_names_in_a_checkpoint_are_those_of_the_layers():
 
 
 def test_what_the_config_says_reaches_the_layers():
-    model = build(replace(CONFIGS["mixture"], dropout=0.3, noise_epsilon=0.01, k=3))
+    model = build(replace(CONFIGS["mixture"], dropout=0.3, gate=NoisyTopKGate(noise_epsilon=0.01), k=3))
     gate = model.layers["moe"].moe.gate
     assert (gate.pairs_per_token, gate.noise_epsilon, gate.num_experts) == (3, 0.01, 5)
     assert model.dropout.p == 0.3
     assert model.noise_widths() == {"moe": 5}
     assert build(CONFIGS["recurrent"]).noise_widths() == {}
     assert build(CONFIGS["projected"]).layers["lstm1"].lstm.proj_size == WIDTH
+
+
+CLASSES = {
+    "noisy_topk": NoisyTopK,
+    "hierarchical": Hierarchical,
+    "balanced_hierarchy": Hierarchical,
+    "balanced": Balanced,
+    "expert_choice": ExpertChoice,
+    "softmax": Softmax,
+    "softmax_topk": SoftmaxTopK,
+    "sigmoid_topk": SigmoidTopK,
+}
+
+
+def a_mixture(gate, **changes):
+    return build(replace(with_gate(CONFIGS["mixture"], gate), **changes))
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_mixture_has_the_gate_that_its_config_names(name):
+    config, gate = GATES[name], a_mixture(name).layers["moe"].moe.gate
+    assert type(gate) is CLASSES[name]
+    assert gate.num_experts == 6
+    assert gate.pairs_per_token == (6 if name == "softmax" else 2)
+    if name == "balanced_hierarchy":
+        assert (type(gate.primary), type(gate.secondary)) == (Balanced, BalancedGroups)
+        assert (gate.primary.scope, gate.secondary.scope) == (5, 5)
+    elif name == "hierarchical":
+        assert (type(gate.primary), type(gate.secondary)) == (NoisyTopK, NoisyTopKGroups)
+        assert gate.primary.noise_epsilon == gate.secondary.noise_epsilon == config.noise_epsilon
+    else:
+        for field in fields(config):
+            assert field.name == "kind" or getattr(gate, field.name) == getattr(config, field.name)
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_capacity_is_a_bound_on_any_gate(name):
+    model = a_mixture(name, capacity=1.5, drop="lightest")
+    gate = model.layers["moe"].moe.gate
+    assert type(gate) is Capacity
+    assert (gate.factor, gate.drop) == (1.5, "lightest")
+    assert type(gate.gate) is CLASSES[name]
+    assert model.selects_over_batch()
+
+
+def test_experts_may_be_swiglu():
+    assert type(a_mixture("noisy_topk", experts="swiglu").layers["moe"].moe.experts) is SwiGLU
+
+
+def test_a_step_reaches_the_gates():
+    model = a_mixture("sigmoid_topk")
+    routings = model(torch.randint(5, (2, 7))).routings
+    model.after_step({name: routing.sums for name, routing in routings.items()})
+    assert set(model.layers["moe"].moe.gate.bias.tolist()) <= {-0.5, 0.0, 0.5}
+    assert model.layers["moe"].moe.gate.bias.any()
+
+
+def test_a_model_says_whether_it_selects_over_the_batch():
+    assert not a_mixture("noisy_topk").selects_over_batch()
+    balanced = a_mixture("balanced")
+    assert balanced.selects_over_batch()
+    assert not balanced.eval().selects_over_batch()
+    assert a_mixture("expert_choice").eval().selects_over_batch()

@@ -4,6 +4,15 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
+from sparsegate.models.gates import (
+    BalancedGate,
+    ExpertChoiceGate,
+    HierarchicalGate,
+    NoisyTopKGate,
+    SigmoidTopKGate,
+    SoftmaxGate,
+    SoftmaxTopKGate,
+)
 from tests.helpers.model_cases import CONFIGS
 
 
@@ -32,7 +41,34 @@ from tests.helpers.model_cases import CONFIGS
         ("mixture", {"k": 6}, r"model.k \(6\) must be between 1 and model.num-experts \(5\)"),
         ("mixture", {"k": 0}, r"model.k \(0\) must be between 1 and model.num-experts \(5\)"),
         ("mixture", {"hidden": 0}, r"model.hidden \(0\) must be at least 1"),
-        ("mixture", {"noise_epsilon": -1.0}, r"model.noise-epsilon \(-1.0\) must be at least 0"),
+        ("mixture", {"capacity": 0.9}, r"model.capacity \(0.9\) must be at least 1, or none; below 1, .*"),
+        ("mixture", {"capacity": float("nan")}, r"model.capacity \(nan\) must be at least 1, or none; .*"),
+        (
+            "mixture",
+            {"gate": SoftmaxGate()},
+            r"model.k \(2\) must equal model.num-experts \(5\) with model.gate.kind softmax, .*",
+        ),
+        (
+            "mixture",
+            {"gate": BalancedGate(most_per_token=6)},
+            r"model.gate.most-per-token \(6\) must be between 1 and model.num-experts \(5\), or none",
+        ),
+        (
+            "mixture",
+            {"gate": HierarchicalGate(num_groups=2)},
+            r"model.gate.num-groups \(2\) must divide model.num-experts \(5\)",
+        ),
+        (
+            "mixture",
+            {"gate": HierarchicalGate(num_groups=5, k_primary=3)},
+            r"model.gate.k-primary \(3\) must be between 1 and model.gate.num-groups \(5\), and divide "
+            r"model.k \(2\)",
+        ),
+        (
+            "mixture",
+            {"gate": HierarchicalGate(num_groups=5, k_primary=1)},
+            r"model.k \(2\) must be at most model.gate.k-primary \(1\) times the experts of a group \(1\)",
+        ),
         ("feed_forward", {"hidden": ()}, r"model.hidden \(\(\)\) must name at least one layer .*"),
         ("feed_forward", {"hidden": (4, 0)}, r"model.hidden \(\(4, 0\)\) must name at least one layer .*"),
     ],
@@ -41,6 +77,22 @@ def test_a_config_that_cannot_be_built_is_refused_in_one_line(kind, change, mess
     with pytest.raises(ValueError, match=f"^{message}$") as refusal:
         replace(CONFIGS[kind], **change)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("gate", "wrong", "message"),
+    [
+        (NoisyTopKGate, {"noise_epsilon": -1.0}, r"model.gate.noise-epsilon \(-1.0\) must be at least 0"),
+        (HierarchicalGate, {"noise_epsilon": -1.0}, r"model.gate.noise-epsilon \(-1.0\) must be at least 0"),
+        (BalancedGate, {"scope": 0}, r"model.gate.scope \(0\) must be at least 1 token, or none"),
+        (ExpertChoiceGate, {"scope": -2}, r"model.gate.scope \(-2\) must be at least 1 token, or none"),
+        (SoftmaxTopKGate, {"jitter": 1.0}, r"model.gate.jitter \(1.0\) must be at least 0 and below 1"),
+        (SigmoidTopKGate, {"bias_rate": -0.1}, r"model.gate.bias-rate \(-0.1\) must be at least 0"),
+    ],
+)
+def test_a_gate_that_cannot_be_built_is_refused_in_one_line(gate, wrong, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        gate(**wrong)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

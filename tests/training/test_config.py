@@ -17,6 +17,7 @@ from sparsegate.training.config import (
     TrainingConfig,
 )
 from sparsegate.training.overrides import from_json, options, to_json
+from tests.helpers.model_cases import with_gate
 
 MODEL = RecurrentLM(vocab_size=5, width=2, lstm_units=2, dropout=0.0, num_layers=1)
 NAN = float("nan")
@@ -32,6 +33,9 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     ),
     (LossConfig, {"importance": -0.1}, "losses.importance (-0.1) must be at least 0"),
     (LossConfig, {"load": NAN}, "losses.load (nan) must be at least 0"),
+    (LossConfig, {"switch": -1.0}, "losses.switch (-1.0) must be at least 0"),
+    (LossConfig, {"z": NAN}, "losses.z (nan) must be at least 0"),
+    (LossConfig, {"threshold": -1.0}, "losses.threshold (-1.0) must be at least 0"),
     (OptimConfig, {"learning_rate": 0.0}, "optim.learning-rate (0.0) must be above 0"),
     (OptimConfig, {"learning_rate": NAN}, "optim.learning-rate (nan) must be above 0"),
     (OptimConfig, {"warmup_steps": -1}, "optim.warmup-steps (-1) must be at least 0"),
@@ -52,6 +56,19 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
         )
     ),
     (RunConfig, {"name": "x", "model": MODEL, "seed": -1}, "seed (-1) must be at least 0"),
+    *[
+        (
+            RunConfig,
+            {
+                "name": "x",
+                "model": with_gate(small_moe_32().model, gate),
+                "losses": LossConfig(threshold=0.0),
+            },
+            "losses.threshold (0.0) must be above 0 with a balanced gate, whose thresholds it trains for "
+            "evaluation",
+        )
+        for gate in ("balanced", "balanced_hierarchy")
+    ],
     (
         RunConfig,
         {

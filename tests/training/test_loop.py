@@ -21,6 +21,7 @@ from sparsegate.training.loop import TrainResult, make_batches, make_state, trai
 from sparsegate.training.run_folder import checkpoints_of, for_dataset, read_best, saved_steps
 from sparsegate.training.step import Gradient, NonFinite, State, compute_gradient
 from tests.helpers.killed_runs import tiny_run
+from tests.helpers.model_cases import GATES, with_gate
 from tests.helpers.runs import LINES, make_dataset
 
 
@@ -88,6 +89,24 @@ def test_a_run_in_two_parts_ends_bit_for_bit_as_in_one(
     }
 
 
+@pytest.mark.parametrize("name", GATES)
+def test_so_it_does_with_every_gate(config: RunConfig, tmp_path: Path, name: str):
+    config = replace(with_training(config, steps=7), model=with_gate(config.model, name))
+    whole = train(config, folder=tmp_path / "whole")
+    train(with_training(config, steps=3), folder=tmp_path / "parts")
+    parts = train(config, folder=tmp_path / "parts", resume=True)
+    assert_equal(parts, whole)
+    if name == "sigmoid_topk":
+        bias = everything(whole)["model/layers.moe.moe.gate.bias"]
+        assert bias.any()
+        assert (bias % 0.5 == 0).all()
+    warnings = [
+        line["message"] for line in read_log(tmp_path / "whole/log.jsonl") if line["kind"] == "warning"
+    ]
+    assert len(warnings) == (name in ("balanced", "balanced_hierarchy", "expert_choice"))
+    assert all("the tokens after it" in message for message in warnings)
+
+
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(config: RunConfig, tmp_path: Path):
     first, second = (train(config, folder=tmp_path / name) for name in ("first", "second"))
     assert_equal(first, second)
@@ -117,6 +136,8 @@ class Planted:
 def test_a_nonfinite_batch_leaves_everything_as_if_it_had_not_been(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float
 ):
+    """The gate's bias as well, which is no weight."""
+    config = replace(config, model=with_gate(config.model, "sigmoid_topk"))
     bad = {0, 5, 6, 13}
     spared = train(with_training(config, skip_batches=tuple(bad)), folder=tmp_path / "spared")
     Planted(monkeypatch, at=bad, factor=factor)

@@ -10,6 +10,8 @@ from annotated_types import Ge, Lt
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparsegate.models.gates import HierarchicalGate
+from sparsegate.recipes.small import small_4xlstm
 from sparsegate.training.config import RunConfig
 from sparsegate.training.overrides import from_json, options, read_config, replace_by_path, to_json
 
@@ -239,3 +241,23 @@ def test_every_field_of_a_run_says_what_it_means():
         run = recipe()
         assert [option.path for option in options(run) if not option.doc] == []
         assert from_json(RunConfig, to_json(run)) == run
+
+
+def test_sections_within_sections_become_of_another_kind_with_their_fields():
+    run = replace_by_path(
+        small_4xlstm(),
+        {
+            "model.gate.num_groups": "3",
+            "model.kind": "mixture",
+            "model.gate.kind": "hierarchical",
+            "model.num_experts": "6",
+            "model.k": "4",
+            "model.hidden": "8",
+        },
+    )
+    assert run.model.gate == HierarchicalGate(num_groups=3)
+    assert from_json(RunConfig, to_json(run)) == run
+    with pytest.raises(ValueError, match=r"^model.gate.num-groups \(4\) must divide model.num-exp"):
+        replace_by_path(run, {"model.gate.num_groups": "4"})
+    with pytest.raises(ValueError, match=r"^model.gate.jitter: no such field"):
+        replace_by_path(run, {"model.gate.jitter": "0.1"})

@@ -5,14 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparsegate import MoE, SoftmaxTopK
 from sparsegate.data import Batch
 from sparsegate.models import LanguageModel, MixtureLM, build
-from sparsegate.models.layers import Mixture
-from sparsegate.moe.losses import importance_loss, load_loss
+from sparsegate.moe.losses import importance_loss, load_loss, switch_loss, threshold_loss, z_loss
 from sparsegate.training.config import ContinuousConfig, LossConfig, RunConfig, TrainingConfig
 from sparsegate.training.noise import gate_noise
-from sparsegate.training.step import apply_gradient, compute_gradient
+from sparsegate.training.step import apply_gradient, balance_loss, compute_gradient
+from tests.helpers.model_cases import GATES, with_gate
 
 VOCABULARY, ROWS, STEPS = 11, 8, 5
 
@@ -82,18 +81,44 @@ def test_micro_batches_give_the_gradient_of_the_joined_batch(micro_batches: int,
     assert result.num_tokens == int(of.mask_BS.sum())
 
 
-def test_so_they_do_with_a_gate_that_draws_no_noise():
-    built, of, run = model(), batch(), config()
-    width, num_experts = built.layers["moe"].moe.gate.w_gate.shape
-    gate = SoftmaxTopK(width=width, num_experts=num_experts, k=2, dtype=torch.float64)
-    built.layers["moe"] = Mixture(MoE(gate=gate, experts=built.layers["moe"].moe.experts))
-    assert built.noise_widths() == {}
-    whole = compute_gradient(built, of, {}, run)
+ALL_LOSSES = LossConfig(importance=0.3, load=0.7, switch=0.2, z=0.1, threshold=0.5)
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_so_they_do_with_every_gate_that_chooses_within_a_token_or_a_sequence(name: str):
+    whole_run = config()
+    whole_run = replace(whole_run, model=with_gate(whole_run.model, name), losses=ALL_LOSSES)
+    parts_run = replace(whole_run, training=TrainingConfig(micro_batches=4))
+    torch.manual_seed(0)
+    built, of = build(whole_run.model, dtype=torch.float64), batch()
+    with torch.no_grad():
+        for parameter_name, parameter in built.named_parameters():
+            if "gate.w" in parameter_name or ".w_gate" in parameter_name:
+                parameter.normal_()
+    whole = compute_gradient(built, of, {}, whole_run)
     expected = gradients(built)
-    parts = compute_gradient(built, of, {}, config(micro_batches=4))
+    parts = compute_gradient(built, of, {}, parts_run)
     assert parts.balance == pytest.approx(whole.balance, rel=1e-12)
-    for name, gradient in gradients(built).items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12, msg=name)
+    for parameter_name, gradient in gradients(built).items():
+        torch.testing.assert_close(
+            gradient, expected[parameter_name], rtol=1e-9, atol=1e-12, msg=parameter_name
+        )
+
+
+def test_the_weights_of_the_losses_are_theirs():
+    run, built, of = config(), model(), batch()
+    routing = built(of.input_BS).routings["moe"]
+    for name, loss in {
+        "importance": importance_loss,
+        "load": load_loss,
+        "switch": switch_loss,
+        "z": z_loss,
+        "threshold": threshold_loss,
+    }.items():
+        others = dict.fromkeys(("importance", "load", "switch", "z", "threshold"), 0.0)
+        weights = LossConfig(**{**others, name: 0.25})
+        ours = balance_loss({"moe": routing.sums}, replace(run, losses=weights).losses)
+        torch.testing.assert_close(ours, 0.25 * loss(routing))
 
 
 def test_the_loss_of_each_micro_batch_by_itself_is_another_loss():

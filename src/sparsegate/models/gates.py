@@ -41,9 +41,14 @@ class HierarchicalGate:
         default="noisy_topk", metadata={"doc": "the gates in the groups"}
     )
     noise_epsilon: float = field(default=0.0, metadata={"doc": "added to the noise's deviation"})
+    scope: int | None = field(
+        default=None,
+        metadata={"doc": "of balanced levels: tokens that compete in training; none: a whole batch"},
+    )
 
     def __post_init__(self) -> None:
         _require_epsilon(self.noise_epsilon)
+        _require_scope(self.scope)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +128,13 @@ GateConfig = (
 )
 
 
+def trains_thresholds(config: GateConfig) -> bool:
+    """Whether the gate has thresholds, which the threshold loss alone trains and evaluation needs."""
+    if isinstance(config, HierarchicalGate):
+        return "balanced" in (config.primary, config.secondary)
+    return isinstance(config, BalancedGate)
+
+
 def require_gate(config: GateConfig, *, num_experts: int, k: int) -> None:
     """Refuse a gate that does not fit the experts, naming fields as the command line does."""
     if isinstance(config, SoftmaxGate) and k != num_experts:
@@ -186,7 +198,9 @@ def _hierarchy(
     primary: Gate
     secondary: GroupGates
     if config.primary == "balanced":
-        primary = Balanced(width=width, num_experts=config.num_groups, k=config.k_primary, **options)
+        primary = Balanced(
+            width=width, num_experts=config.num_groups, k=config.k_primary, scope=config.scope, **options
+        )
     else:
         primary = NoisyTopK(
             width=width,
@@ -196,7 +210,7 @@ def _hierarchy(
             **options,
         )
     if config.secondary == "balanced":
-        secondary = BalancedGroups(**groups)
+        secondary = BalancedGroups(scope=config.scope, **groups)
     else:
         secondary = NoisyTopKGroups(noise_epsilon=config.noise_epsilon, **groups)
     return Hierarchical(primary=primary, secondary=secondary)

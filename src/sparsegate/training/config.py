@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from ..models import LanguageModelConfig
+from ..models import LanguageModelConfig, MixtureLM
+from ..models.gates import trains_thresholds
 
 
 def option(doc: str, default: Any) -> Any:
@@ -144,6 +145,13 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", self.seed, "at least 0")
+        if isinstance(self.model, MixtureLM) and trains_thresholds(self.model.gate):
+            require(
+                self.losses.threshold > 0,
+                "losses.threshold",
+                self.losses.threshold,
+                "above 0 with a balanced gate, whose thresholds it trains for evaluation",
+            )
         if isinstance(self.batches, ContinuousConfig):
             require(
                 self.training.micro_batches <= self.batches.batch_size,

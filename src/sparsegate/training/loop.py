@@ -118,6 +118,11 @@ class Run:
         self.saved = [step for step in saved_steps(self.folder) if step <= progress.step]
         # Also at step 0: the run may have died before its first checkpoint.
         self.reporter.resume_at(progress.step, next_batch=progress.batch_index)
+        if self.state.model.selects_over_batch() and progress.step == 0:
+            warnings.append(
+                "the gate chooses over all tokens of a batch: in training, what a token meets depends on the "
+                "tokens after it, and the model may learn to read the future from that"
+            )
         for message in warnings:
             self.reporter.event("warning", message=message)
 

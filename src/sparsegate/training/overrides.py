@@ -187,9 +187,13 @@ def _class_in(classes: "Classes", data: Mapping[str, Any]) -> type:
 def _change_kind(cls: type, data: dict[str, Any], path: str, kind: object) -> None:
     owner, section, name = _owner(cls, data, path)
     classes = _sections(_types(owner)[name])
-    new = _types(_class_of_kind(classes, kind, f"{path}."))
-    old = _types(_class_in(classes, section[name]))
+    cls = _class_of_kind(classes, kind, f"{path}.")
+    new, old = _types(cls), _types(_class_in(classes, section[name]))
     kept = {key: value for key, value in section[name].items() if new.get(key) == old[key]}
+    # Its own sections are there, as they are by default, for paths that lead into them.
+    for inner in dataclasses.fields(cls):
+        if _sections(new[inner.name]):
+            kept.setdefault(inner.name, TypeAdapter(new[inner.name]).dump_python(inner.default, mode="json"))
     section[name] = {**kept, "kind": kind}
 
 
