@@ -18,6 +18,7 @@ import torch
 from benchmarks.measuring import markdown, median_ratio, seconds, store
 from sparsegate.data import Batch
 from sparsegate.recipes.registry import recipe
+from sparsegate.training.config import RunConfig
 from sparsegate.training.loop import make_state
 from sparsegate.training.step import apply_gradient, compute_gradient
 
@@ -27,7 +28,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     rows = []
     for name in args.models:
-        steps = {name: stepper(name, args), args.baseline: stepper(args.baseline, args)}
+        steps = {n: stepper(recipe(n), args) for n in (name, args.baseline)}
         times = seconds(steps, repeats=args.repeats)
         tokens = args.batch_size * args.num_steps
         rows.append(
@@ -43,9 +44,8 @@ def main() -> None:
     print(store("training_speed", rows))
 
 
-def stepper(name: str, args: argparse.Namespace) -> Callable[[], None]:
-    """A function that trains a fresh model of the recipe for one step."""
-    config = recipe(name)
+def stepper(config: RunConfig, args: argparse.Namespace) -> Callable[[], None]:
+    """A function that trains a fresh model of the configuration for one step."""
     config = replace(config, model=replace(config.model, vocab_size=args.vocabulary))
     state = make_state(config)
     text_BS = torch.randint(args.vocabulary, (args.batch_size, args.num_steps + 1))
@@ -62,6 +62,7 @@ def stepper(name: str, args: argparse.Namespace) -> Callable[[], None]:
     def step() -> None:
         gradient = compute_gradient(state.model, batch, {}, config)
         apply_gradient(state.model, state.optimizer, gradient, learning_rate=1e-3, clip_norm=1.0)
+        state.model.after_step(gradient.sums)
 
     return step
 

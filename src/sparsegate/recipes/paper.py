@@ -5,7 +5,10 @@ are cut and the initialisers. These are choices of this project and stand in `tr
 layers; the learning rate is worth a search (`sparsegate search`) on any dataset.
 """
 
+from dataclasses import replace
+
 from ..models import FeedForwardLM, LanguageModelConfig, MixtureLM, RecurrentLM
+from ..models.gates import HierarchicalGate
 from ..training.config import OptimConfig, RunConfig, SentencesConfig, TrainingConfig
 
 VOCABULARY = 793_471  # of the 1 Billion Word benchmark
@@ -37,6 +40,28 @@ def _mixture(name: str, num_experts: int) -> RunConfig:
     return _run(name, model)
 
 
+def _hierarchy(name: str, num_experts: int, dropout: float) -> RunConfig:
+    """16 groups, one for each of the paper's GPUs; two of them, and two experts in each, per word."""
+    config = _mixture(name, num_experts)
+    return replace(config, model=replace(config.model, dropout=dropout, gate=HierarchicalGate(num_groups=16)))
+
+
+def _expensive(name: str, *, num_experts: int, hidden: int, units: int, dropout: float) -> RunConfig:
+    """Width 1024 (appendix C.2). 32 groups, one for each GPU: the count that fits the printed operations."""
+    model = MixtureLM(
+        vocab_size=VOCABULARY,
+        width=2 * WIDTH,
+        lstm_units=units,
+        lstm_projection=0 if units == 2 * WIDTH else 2 * WIDTH,
+        dropout=dropout,
+        num_experts=num_experts,
+        k=4,
+        hidden=hidden,
+        gate=HierarchicalGate(num_groups=32),
+    )
+    return _run(name, model)
+
+
 def _dense(name: str, hidden: tuple[int, ...]) -> RunConfig:
     model = FeedForwardLM(
         vocab_size=VOCABULARY, width=WIDTH, lstm_units=WIDTH, dropout=DROPOUT, hidden=hidden
@@ -57,6 +82,31 @@ def moe_32() -> RunConfig:
 def moe_256() -> RunConfig:
     """256 experts, four of them active per word."""
     return _mixture("moe-256", 256)
+
+
+def moe_256_h() -> RunConfig:
+    """256 experts in 16 groups."""
+    return _hierarchy("moe-256-h", 256, dropout=0.1)
+
+
+def moe_1024_h() -> RunConfig:
+    """1,024 experts in 16 groups."""
+    return _hierarchy("moe-1024-h", 1024, dropout=0.2)
+
+
+def moe_4096_h() -> RunConfig:
+    """4,096 experts in 16 groups."""
+    return _hierarchy("moe-4096-h", 4096, dropout=0.2)
+
+
+def moe_34m() -> RunConfig:
+    """34 million operations per word: width 1024, 1,024 experts with hidden layers of 2048."""
+    return _expensive("moe-34m", num_experts=1024, hidden=2048, units=1024, dropout=0.3)
+
+
+def moe_143m() -> RunConfig:
+    """143 million operations per word: LSTMs of 4096 units, projected, 256 experts of 8192."""
+    return _expensive("moe-143m", num_experts=256, hidden=8192, units=4096, dropout=0.4)
 
 
 def moe_1_wide() -> RunConfig:
