@@ -79,9 +79,10 @@ def test_a_model_that_sees_the_future_is_named(book: Path, capsys: pytest.Captur
     make_run(book / "runs/choice", dataset, gate=ExpertChoiceGate())
     assert main(["evaluate", "runs/choice", "--json"]) == 0
     out, err = capsys.readouterr()
-    assert json.loads(out)["sees_the_future"] is True
-    assert err.startswith("sparsegate evaluate: warning: runs/choice: its gate chooses over all tokens")
+    assert json.loads(out)["sees_later_tokens"] is True
+    assert err.startswith("warning: runs/choice: its gate chooses among tokens")
+    assert err.count("\n") == 1
     assert main(["evaluate", "runs/book", "--json"]) == 0
     out, err = capsys.readouterr()
-    assert json.loads(out)["sees_the_future"] is False
+    assert json.loads(out)["sees_later_tokens"] is False
     assert err == ""

@@ -76,6 +76,8 @@ GATES: dict[str, Callable[..., Gate]] = {
 NUM_GROUPS = 3
 # Gates whose weights of one token need not sum to 1.
 NOT_NORMALIZED = {"switch", "expert_choice", "last_dropped", "lightest_dropped"}
+# Hierarchies in which all experts of a group may pass a token by: its weight is then lost.
+PASSED_BY = {"hierarchical_balanced", "noisy_over_balanced"}
 # Gates that answer for more pairs than they use: the sums tell what was asked for.
 DROPS = {"last_dropped", "lightest_dropped"}
 # Gates whose noise cannot be given: as many draws as a token has groups, which varies.

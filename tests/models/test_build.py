@@ -185,7 +185,7 @@ def test_a_capacity_is_a_bound_on_any_gate(name):
     assert type(gate) is Capacity
     assert (gate.factor, gate.drop) == (1.5, "lightest")
     assert type(gate.gate) is CLASSES[name]
-    assert model.selects_over_batch()
+    assert model.sees_later_tokens()
 
 
 def test_experts_may_be_swiglu():
@@ -200,9 +200,11 @@ def test_a_step_reaches_the_gates():
     assert model.layers["moe"].moe.gate.bias.any()
 
 
-def test_a_model_says_whether_it_selects_over_the_batch():
-    assert not a_mixture("noisy_topk").selects_over_batch()
+def test_a_model_says_whether_tokens_see_later_ones():
+    assert not a_mixture("noisy_topk").sees_later_tokens()
     balanced = a_mixture("balanced")
-    assert balanced.selects_over_batch()
-    assert not balanced.eval().selects_over_batch()
-    assert a_mixture("expert_choice").eval().selects_over_batch()
+    assert balanced.sees_later_tokens()
+    assert not balanced.eval().sees_later_tokens()
+    assert a_mixture("expert_choice").eval().sees_later_tokens()
+    assert not a_mixture("noisy_topk", capacity=1.0).sees_later_tokens()
+    assert a_mixture("noisy_topk", capacity=1.0, drop="lightest").sees_later_tokens()

@@ -1,5 +1,6 @@
 """The loop: a run that stops and goes on is the run that never stopped; a bad batch leaves no trace."""
 
+import math
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparsegate import load
 from sparsegate.cli.main import main
 from sparsegate.data import Batch, Dataset
 from sparsegate.models import LanguageModel, RecurrentLM
@@ -104,6 +106,8 @@ def test_so_it_does_with_every_gate(config: RunConfig, tmp_path: Path, name: str
         line["message"] for line in read_log(tmp_path / "whole/log.jsonl") if line["kind"] == "warning"
     ]
     assert len(warnings) == (name in ("balanced", "balanced_hierarchy", "expert_choice"))
+    text = list(load(tmp_path / "whole").score(["The 3 cats sat."]))
+    assert math.isfinite(text[0].total)
     assert all("the tokens after it" in message for message in warnings)
 
 
@@ -256,6 +260,15 @@ def test_frozen_parameters_stay_and_the_others_learn(config: RunConfig, dataset:
     for name, parameter in state.model.named_parameters():
         assert torch.equal(parameter, start[name]) == name.startswith(frozen), name
         assert (parameter in state.optimizer.state) != name.startswith(frozen), name
+
+
+def test_thresholds_that_nothing_would_train_are_refused(config: RunConfig, tmp_path: Path):
+    config = replace(config, model=with_gate(config.model, "balanced"))
+    with pytest.raises(ValueError, match=r"^training.freeze: would leave layers.moe.moe.gate.log_threshold "):
+        train(with_training(config, freeze=("*log_threshold",)), folder=tmp_path / "run")
+    train(with_training(config, steps=2), folder=tmp_path / "first")
+    again = with_training(config, steps=2, freeze=("*log_threshold",), init_from=str(tmp_path / "first"))
+    assert train(again, folder=tmp_path / "second").evaluation is not None
 
 
 def test_a_run_starts_from_the_weights_of_another(config: RunConfig, tmp_path: Path):

@@ -99,6 +99,7 @@ def test_so_they_do_with_every_gate_that_chooses_within_a_token_or_a_sequence(na
     expected = gradients(built)
     parts = compute_gradient(built, of, {}, parts_run)
     assert parts.balance == pytest.approx(whole.balance, rel=1e-12)
+    assert gradients(built).keys() == expected.keys()
     for parameter_name, gradient in gradients(built).items():
         torch.testing.assert_close(
             gradient, expected[parameter_name], rtol=1e-9, atol=1e-12, msg=parameter_name

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,12 +22,6 @@ sparsegate evaluate runs/book
 sparsegate evaluate runs/book --split valid --part second-half --json
 sparsegate evaluate runs/book --data datasets/other --split test
 """
-
-
-SEES_THE_FUTURE = (
-    "its gate chooses over all tokens of a batch, so that what a token meets depends on later ones; "
-    "these perplexities are not those of a model that predicts"
-)
 
 
 def add_arguments(parser: Parser) -> None:
@@ -54,8 +47,6 @@ def run(args: Namespace) -> int:
         )
     if not math.isfinite(result.nll_nats):
         raise ValueError(f"{args.run}: its likelihood is not finite; use an earlier checkpoint")
-    if trained.model.selects_over_batch():
-        print(f"sparsegate evaluate: warning: {args.run}: {SEES_THE_FUTURE}", file=sys.stderr)
     if args.json:
         print(json.dumps(_as_json(args, trained, result), allow_nan=False))
     else:
@@ -88,7 +79,7 @@ def _as_json(args: Namespace, trained: LanguageRun, result: Evaluation) -> dict[
         "word_perplexity": result.word_perplexity,
         "bits_per_byte": result.bits_per_byte,
         "unknown_share": result.unknown_share,
-        "sees_the_future": trained.model.selects_over_batch(),
+        "sees_later_tokens": trained.model.sees_later_tokens(),
         "balance": {layer: balance_metrics(sums) for layer, sums in result.sums.items()},
     }
 

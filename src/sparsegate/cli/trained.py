@@ -26,7 +26,14 @@ def add_run(parser: Parser) -> None:
 
 def load_run(args: Namespace) -> LanguageRun:
     checkpoint = int(args.checkpoint) if args.checkpoint.isdecimal() else args.checkpoint
-    return load(args.run, checkpoint=checkpoint, device=args.device, warn=warn)
+    trained = load(args.run, checkpoint=checkpoint, device=args.device, warn=warn)
+    if trained.model.sees_later_tokens():
+        warn(
+            f"{args.run}: its gate chooses among tokens, and what a token gets depends on later ones; "
+            "likelihoods and perplexities are not those of a model that predicts, and change with what is "
+            "read at once"
+        )
+    return trained
 
 
 def warn(message: str) -> None:

@@ -49,6 +49,11 @@ class HierarchicalGate:
     def __post_init__(self) -> None:
         _require_epsilon(self.noise_epsilon)
         _require_scope(self.scope)
+        if self.scope is not None and "balanced" not in (self.primary, self.secondary):
+            raise ValueError(
+                f"model.gate.scope ({self.scope}) is of balanced levels; set model.gate.primary or "
+                "model.gate.secondary to balanced, or leave it at none"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,9 +147,10 @@ def require_gate(config: GateConfig, *, num_experts: int, k: int) -> None:
             f"model.k ({k}) must equal model.num-experts ({num_experts}) with model.gate.kind softmax, "
             "which chooses all experts"
         )
-    if isinstance(config, BalancedGate) and not 1 <= (config.most_per_token or 1) <= num_experts:
+    most = config.most_per_token if isinstance(config, BalancedGate) else None
+    if most is not None and not 1 <= most <= num_experts:
         raise ValueError(
-            f"model.gate.most-per-token ({config.most_per_token}) must be between 1 and model.num-experts "
+            f"model.gate.most-per-token ({most}) must be between 1 and model.num-experts "
             f"({num_experts}), or none"
         )
     if not isinstance(config, HierarchicalGate):

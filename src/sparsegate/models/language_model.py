@@ -92,9 +92,9 @@ class LanguageModel(nn.Module):
             if name in sums:
                 layer.after_step(sums[name])
 
-    def selects_over_batch(self) -> bool:
+    def sees_later_tokens(self) -> bool:
         """Whether, in the present mode, a token's experts depend on the tokens after it."""
-        return any(layer.selects_over_batch for _, layer in self.named_layers())
+        return any(layer.sees_later_tokens for _, layer in self.named_layers())
 
     def noise_widths(self) -> dict[str, int]:
         """Standard normal draws per token that each layer's gate uses in training, by layer name."""

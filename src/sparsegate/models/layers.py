@@ -48,8 +48,8 @@ class Layer(nn.Module, ABC):
         """Called after each optimizer step with what the layer's routing added up to over the batch."""
 
     @property
-    def selects_over_batch(self) -> bool:
-        """Whether, in the present mode, what a token meets depends on the other tokens of the batch."""
+    def sees_later_tokens(self) -> bool:
+        """Whether, in the present mode, what becomes of a token depends on tokens after it."""
         return False
 
 
@@ -119,8 +119,8 @@ class Mixture(Layer):
         self.moe.gate.after_step(sums)
 
     @property
-    def selects_over_batch(self) -> bool:
-        return self.moe.gate.selects_over_batch
+    def sees_later_tokens(self) -> bool:
+        return self.moe.gate.sees_later_tokens
 
 
 class Dense(Layer):

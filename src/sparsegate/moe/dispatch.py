@@ -110,7 +110,9 @@ class _Sum(torch.autograd.Function):
         pairs_ND = rows_ND.index_select(0, row_N)
         if pairs_per_token is None:
             # In the order of the pairs on every device, unlike an index_add. Its checks would read lengths.
-            return torch.segment_reduce(pairs_ND, "sum", lengths=pairs_T, unsafe=True)
+            wide = torch.promote_types(pairs_ND.dtype, torch.float32)
+            y_TD = torch.segment_reduce(pairs_ND.to(wide), "sum", lengths=pairs_T, unsafe=True)
+            return y_TD.to(pairs_ND.dtype)
         return pairs_ND.reshape(-1, pairs_per_token, rows_ND.shape[1]).sum(dim=1)
 
     @staticmethod

@@ -21,7 +21,7 @@ class MoE(nn.Module):
     shared: a module that every real token passes through as well; its output is added. None: absent.
     check_finite: raise ValueError on a non-finite input among the real tokens. It costs a host
         synchronisation and a graph break; without it a non-finite token spoils its own output and the sums,
-        and no other token.
+        and no other token unless the gate selects over the batch.
 
     >>> moe = MoE.noisy_topk(width=8, hidden=16, num_experts=4, k=2)
     >>> y, routing = moe(torch.randn(3, 5, 8))

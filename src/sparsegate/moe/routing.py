@@ -219,10 +219,11 @@ def tokens_of_rows(expert_TK: Tensor) -> Tensor:
 def entries(chosen_TE: Tensor, *, num_pairs: int) -> tuple[Tensor, Tensor]:
     """Row and column of each true entry, row by row, then unused pairs: last row, a column past the end."""
     num_tokens, num_experts = chosen_TE.shape
-    unused = chosen_TE.numel()
-    entry_N = torch.nonzero_static(chosen_TE.flatten(), size=num_pairs, fill_value=unused).squeeze(1)
-    token_N = entry_N.div(num_experts, rounding_mode="floor").clamp_max(num_tokens - 1)
-    return token_N, torch.where(entry_N < unused, entry_N % num_experts, num_experts)
+    # A fill of -1, and not one past the end: a number of the input's shape would fix it in compiled graphs.
+    entry_N = torch.nonzero_static(chosen_TE.flatten(), size=num_pairs, fill_value=-1).squeeze(1)
+    is_used_N = entry_N >= 0
+    token_N = entry_N.div(num_experts, rounding_mode="floor").where(is_used_N, num_tokens - 1)
+    return token_N, (entry_N % num_experts).where(is_used_N, num_experts)
 
 
 def pick(value_TE: Tensor, token_N: Tensor, expert_N: Tensor) -> Tensor:

@@ -151,7 +151,7 @@ def _checkpoint(folder: Path, which: str | int, warn: Callable[[str], None]) -> 
 def _model(config: RunConfig, weights: dict[str, torch.Tensor], path: Path) -> LanguageModel:
     """The model in evaluation mode. What the configuration says is compared before memory is taken for it."""
     model = build(config.model, device="meta")
-    described = sum(parameter.numel() for parameter in model.parameters())
+    described = sum(tensor.numel() for tensor in model.state_dict().values())
     stored = sum(tensor.numel() for tensor in weights.values())
     if described != stored:
         raise ValueError(

@@ -5,10 +5,8 @@ are cut and the initialisers. These are choices of this project and stand in `tr
 layers; the learning rate is worth a search (`sparsegate search`) on any dataset.
 """
 
-from dataclasses import replace
-
 from ..models import FeedForwardLM, LanguageModelConfig, MixtureLM, RecurrentLM
-from ..models.gates import HierarchicalGate
+from ..models.gates import GateConfig, HierarchicalGate, NoisyTopKGate
 from ..training.config import OptimConfig, RunConfig, SentencesConfig, TrainingConfig
 
 VOCABULARY = 793_471  # of the 1 Billion Word benchmark
@@ -27,23 +25,25 @@ def _run(name: str, model: LanguageModelConfig) -> RunConfig:
     )
 
 
-def _mixture(name: str, num_experts: int) -> RunConfig:
+def _mixture(
+    name: str, num_experts: int, *, dropout: float = DROPOUT, gate: GateConfig | None = None
+) -> RunConfig:
     model = MixtureLM(
         vocab_size=VOCABULARY,
         width=WIDTH,
         lstm_units=WIDTH,
-        dropout=DROPOUT,
+        dropout=dropout,
         num_experts=num_experts,
         k=4,
         hidden=1024,
+        gate=gate or NoisyTopKGate(),
     )
     return _run(name, model)
 
 
-def _hierarchy(name: str, num_experts: int, dropout: float) -> RunConfig:
+def _hierarchy(name: str, num_experts: int, *, dropout: float) -> RunConfig:
     """16 groups, one for each of the paper's GPUs; two of them, and two experts in each, per word."""
-    config = _mixture(name, num_experts)
-    return replace(config, model=replace(config.model, dropout=dropout, gate=HierarchicalGate(num_groups=16)))
+    return _mixture(name, num_experts, dropout=dropout, gate=HierarchicalGate(num_groups=16))
 
 
 def _expensive(name: str, *, num_experts: int, hidden: int, units: int, dropout: float) -> RunConfig:

@@ -118,10 +118,10 @@ class Run:
         self.saved = [step for step in saved_steps(self.folder) if step <= progress.step]
         # Also at step 0: the run may have died before its first checkpoint.
         self.reporter.resume_at(progress.step, next_batch=progress.batch_index)
-        if self.state.model.selects_over_batch() and progress.step == 0:
+        if self.state.model.sees_later_tokens() and progress.step == 0:
             warnings.append(
-                "the gate chooses over all tokens of a batch: in training, what a token meets depends on the "
-                "tokens after it, and the model may learn to read the future from that"
+                "in training the gate chooses among tokens: which experts a token gets depends on the tokens "
+                "after it, and the model may learn to read the future from that"
             )
         for message in warnings:
             self.reporter.event("warning", message=message)
@@ -245,6 +245,8 @@ def make_state(config: RunConfig) -> TrainState:
     model = build(config.model).to(resolve_device(config.training.device))
     model.train()
     freeze(model, config.training.freeze)
+    if not config.training.init_from:
+        require_trainable_thresholds(model)
     optim = config.optim
     optimizer = torch.optim.Adam(
         [p for p in model.parameters() if p.requires_grad],
@@ -277,6 +279,16 @@ def freeze(model: LanguageModel, patterns: tuple[str, ...]) -> None:
         parameter.requires_grad_(not any(fnmatch(name, pattern) for pattern in patterns))
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"training.freeze ({', '.join(patterns)}): nothing is left to train; freeze less")
+
+
+def require_trainable_thresholds(model: LanguageModel) -> None:
+    """Refuse a fresh model whose thresholds are frozen: evaluation selects by them."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("log_threshold") and not parameter.requires_grad:
+            raise ValueError(
+                f"training.freeze: would leave {name} untrained, by which evaluation selects; freeze less, "
+                "or start from trained weights with training.init-from"
+            )
 
 
 def start_from(model: LanguageModel, run: Path, dataset: Dataset) -> None:

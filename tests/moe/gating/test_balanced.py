@@ -198,6 +198,21 @@ def test_evaluation_with_thresholds_that_were_never_trained_is_refused():
     gate(some_tokens().float())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_so_it_is_after_a_conversion(dtype):
+    for num_experts in (2, 6, 32, 1000):
+        gate = Balanced(width=WIDTH, num_experts=num_experts, k=1).to(dtype).eval()
+        with pytest.raises(ValueError, match="was never trained"):
+            gate(torch.zeros(3, WIDTH, dtype=dtype))
+
+
+def test_a_token_that_is_not_a_number_does_not_vanish_in_evaluation():
+    gate = a_balanced().eval()
+    x_TD = some_tokens().detach()
+    x_TD[2] = torch.nan
+    assert dense(gate(x_TD))[2].isnan().any()
+
+
 def test_thresholds_start_at_the_probability_of_equal_experts():
     gate = Balanced(width=WIDTH, num_experts=NUM_EXPERTS, k=K)
     assert gate.log_threshold.tolist() == pytest.approx([-math.log(NUM_EXPERTS)] * NUM_EXPERTS)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sparsegate import Capacity, NoisyTopK, SigmoidTopK, SoftmaxTopK
+from sparsegate import Capacity, NoisyTopK, SigmoidTopK, Softmax, SoftmaxTopK
 from tests.helpers.moe_cases import NUM_EXPERTS, WIDTH, dense
 from tests.helpers.tolerances import assert_close
 
@@ -64,6 +64,30 @@ def test_a_factor_with_room_for_all_changes_nothing():
     assert torch.equal(ours.expert_N, theirs.expert_N)
     assert torch.equal(ours.weight_N, theirs.weight_N)
     assert ours.sums.num_dropped == 0
+
+
+def test_a_factor_that_is_no_binary_fraction_leaves_the_room_that_it_says():
+    gate = Capacity(Softmax(width=WIDTH, num_experts=1), factor=1.1)
+    # 10 * 1.1 is 11.000000000000002: room for 11, and not for 12.
+    assert gate._room(torch.zeros(10, dtype=torch.int64), 1)[0] == 11
+
+
+def test_drops_of_a_capacity_within_another_are_counted_as_well():
+    inner = Capacity(a_topk(), factor=1.5)
+    gate = Capacity(inner, factor=1.0)
+    routing = gate(torch.randn(NUM_TOKENS, WIDTH, dtype=torch.float64))
+    used = int((routing.expert_N < NUM_EXPERTS).sum())
+    assert used + int(routing.sums.num_dropped) == int(routing.sums.count_E.sum()) == 2 * NUM_TOKENS
+
+
+def test_the_last_tokens_give_way_and_earlier_ones_never_see_them():
+    gate = Capacity(a_topk(), factor=1.0)
+    x_TD = torch.randn(NUM_TOKENS, WIDTH, dtype=torch.float64)
+    before_TE = dense(gate(x_TD))
+    x_TD[12:] = torch.randn(8, WIDTH, dtype=torch.float64)
+    assert torch.equal(dense(gate(x_TD))[:12], before_TE[:12])
+    assert not gate.sees_later_tokens
+    assert Capacity(a_topk(), factor=1.0, drop="lightest").sees_later_tokens
 
 
 def test_a_step_reaches_the_gate_inside():

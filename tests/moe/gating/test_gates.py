@@ -12,6 +12,7 @@ from tests.helpers.moe_cases import (
     NOT_MET,
     NOT_NORMALIZED,
     NUM_EXPERTS,
+    PASSED_BY,
     WIDTH,
     a_gate,
     dense,
@@ -80,7 +81,7 @@ def test_pairs_stand_token_by_token_no_pair_twice_and_padding_has_none(name, tra
     assert mask_T is None or all(mask_T[token] for token, _ in used)
     num_real = 7 if mask_T is None else int(mask_T.sum())
     assert routing.sums.num_unrouted == num_real - len({token for token, _ in used})
-    if not gate.pairs_vary and name not in DROPS and "balanced" not in name:
+    if not gate.pairs_vary and name not in DROPS:
         assert len(used) == num_real * gate.pairs_per_token
     assert routing.sums.num_dropped == int(routing.sums.count_E.sum()) - len(used)
 
@@ -93,13 +94,10 @@ def test_weights_of_a_token_that_has_experts_sum_to_one_if_normalized(name, trai
     has_expert_T = torch.zeros(7, dtype=torch.bool)
     has_expert_T[routing.token_N[routing.expert_N < NUM_EXPERTS]] = True
     assert not total_T[~has_expert_T].any()
+    assert (total_T < 1 + 1e-12).all()
     if name in NOT_NORMALIZED:
-        assert (total_T < 1 + 1e-12).all()
         assert name in DROPS or (total_T < 1).all()
-    elif gate.pairs_vary and "hierarchical" in name:
-        # A group whose experts all passed the token by keeps its weight to itself.
-        assert (total_T < 1 + 1e-12).all()
-    elif "balanced" not in name or name == "balanced":
+    elif name not in PASSED_BY:
         assert_close(total_T[has_expert_T], torch.ones(int(has_expert_T.sum())))
 
 

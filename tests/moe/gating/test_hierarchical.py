@@ -7,10 +7,12 @@ from torch import Tensor
 from sparsegate import (
     Balanced,
     BalancedGroups,
+    Capacity,
     FeedForward,
     Hierarchical,
     MoE,
     NoisyTopKGroups,
+    SigmoidTopK,
     importance_loss,
     load_loss,
     threshold_loss,
@@ -313,6 +315,27 @@ def test_levels_that_do_not_fit_and_noise_that_cannot_be_given_are_refused():
     gate = Hierarchical(primary=Balanced(width=WIDTH, num_experts=3, k=2), secondary=secondary)
     with pytest.raises(ValueError, match="noise: this hierarchy takes none; pass None"):
         gate(torch.randn(3, WIDTH), None, torch.randn(3, 1))
-    for wrong in ({"k": 3}, {"k": 0}, {"num_groups": 0}):
-        with pytest.raises(ValueError, match=r"^(k|num_groups) \(\d\)"):
+    for wrong in ({"k": 3}, {"k": 0}, {"num_groups": 0}, {"noise_epsilon": -1}):
+        with pytest.raises(ValueError, match=r"^(k|num_groups|noise_epsilon) \(-?\d\)"):
             NoisyTopKGroups(**{"width": WIDTH, "num_groups": 3, "group_size": 2, "k": 1, **wrong})
+
+
+def test_a_step_balances_the_groups_of_a_primary_gate_with_a_bias():
+    gate = Hierarchical(
+        primary=SigmoidTopK(width=WIDTH, num_experts=4, k=2, bias_rate=0.5),
+        secondary=NoisyTopKGroups(width=WIDTH, num_groups=4, group_size=2, k=1),
+    )
+    sums = gate(torch.randn(9, WIDTH)).sums
+    gate.after_step(sums)
+    expected = [0.5 * ((count < 4.5) - (count > 4.5)) for count in sums.group_count_A.tolist()]
+    assert gate.primary.bias.tolist() == expected
+
+
+def test_under_a_capacity_for_groups_the_counts_are_of_tokens_that_reached_them():
+    gate = Hierarchical(
+        primary=Capacity(NoisyTopK(width=WIDTH, num_experts=4, k=2), factor=1.0),
+        secondary=NoisyTopKGroups(width=WIDTH, num_groups=4, group_size=2, k=1),
+    )
+    sums = gate(torch.randn(40, WIDTH)).sums
+    assert sums.num_dropped > 0
+    assert sums.group_count_A.sum() == sums.count_E.sum() == 80 - sums.num_dropped

@@ -73,7 +73,9 @@ def test_the_bias_is_no_parameter_and_is_stored():
     gate = a_gate()
     assert [name for name, _ in gate.named_parameters()] == ["w_gate"]
     assert set(gate.state_dict()) == {"w_gate", "bias"}
-    assert SigmoidTopK(width=2, num_experts=3, k=1, dtype=torch.bfloat16).bias.dtype == torch.float32
+    gate = SigmoidTopK(width=2, num_experts=3, k=1, dtype=torch.bfloat16)
+    assert gate.bias.dtype == gate.bfloat16().bias.dtype == gate.double().bias.dtype == torch.float32
+    assert gate.w_gate.dtype == torch.float64
 
 
 def test_scores_that_vanish_have_weights_all_the_same():

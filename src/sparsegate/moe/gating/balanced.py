@@ -17,7 +17,8 @@ class Balanced(Gate):
     In training each expert takes its k T / E best tokens (eq. 18): perfect balance. In evaluation a token
     goes to the experts whose probability is above their thresholds (eq. 19), whatever the other tokens are.
     The thresholds are parameters that `threshold_loss` (eq. 20) trains, and nothing else does: add it to the
-    loss. A token that no expert takes has the output 0; `num_unrouted` counts them.
+    loss. (Without it, DistributedDataParallel misses their gradient.) A token that no expert takes has the
+    output 0; `num_unrouted` counts them.
 
     A warning for autoregressive models, as for every choice over a batch: in training, which experts a token
     gets depends on the tokens after it, and the model may learn to read the future from that. Evaluation is
@@ -134,9 +135,10 @@ def above_threshold(logit_TE: Tensor, log_threshold: Tensor, *, most_per_token: 
     log_threshold: [E], or [T, E].
     """
     log_probability_TE = logit_TE.log_softmax(dim=-1)
-    above_TE = log_probability_TE.detach() > log_threshold.detach()
+    # A NaN is on neither side, and must not vanish.
+    above_TE = ~(log_probability_TE.detach() <= log_threshold.detach())
     top_TK, expert_TK = log_probability_TE.masked_fill(~above_TE, -torch.inf).topk(most_per_token, dim=-1)
-    is_used_TK = top_TK > -torch.inf
+    is_used_TK = ~(top_TK == -torch.inf)
     weight_TK = masked_softmax(top_TK.where(is_used_TK, 0.0), is_used_TK)
     return expert_TK.where(is_used_TK, logit_TE.shape[1]), weight_TK
 
@@ -157,9 +159,13 @@ def require_trained(log_threshold: Tensor, *, num_experts: int) -> None:
     """Refuse thresholds that never moved. It waits for the device; compiled graphs go without."""
     if torch.compiler.is_compiling() or log_threshold.is_meta:
         return
-    start = log_threshold.new_tensor(-math.log(num_experts))
-    if bool((log_threshold == start).all()):
+    start = -math.log(num_experts)
+    # After a conversion the start is as precise as it was before.
+    tolerance = 1e-6 if log_threshold.dtype in (torch.float64, torch.float32) else 1e-2
+    now = log_threshold.detach()
+    first = now.flatten()[0]
+    if bool((now == first).all()) and abs(float(first) - start) <= tolerance * abs(start):
         raise ValueError(
-            f"log_threshold ({float(start):.4g} for every expert) was never trained, and evaluation selects "
-            "by it; add threshold_loss(routing) to the loss in training, or load trained weights"
+            f"log_threshold ({start:.4g} for every expert) was never trained, and evaluation selects by it; "
+            "add threshold_loss(routing) to the loss in training, or load trained weights"
         )

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..routing import BalanceSums, Routing, count_routed
+from ..routing import BalanceSums, Routing, count, count_routed
 from .batchwise import blocks, num_blocks, rank_in_segment, require_scope
 from .gate import Gate
 
@@ -23,7 +23,8 @@ class Capacity(Gate):
     drop: "last" drops the last tokens of the call; "lightest" those of the smallest weight (Riquelme et al.
     2021 go by the token's largest weight). scope: number of consecutive tokens that compete for room; None:
     all tokens of a call, and with micro-batches or ranks each part's by itself. The bound holds in evaluation
-    as well: there, too, a token's output depends on the others'.
+    as well: there, too, a token's output depends on that of others; with "last", of tokens before it alone.
+    The gate inside keeps its names in checkpoints, below `gate.gate`.
     """
 
     def __init__(
@@ -55,6 +56,10 @@ class Capacity(Gate):
     def selects_over_batch(self) -> bool:
         return True
 
+    @property
+    def sees_later_tokens(self) -> bool:
+        return self.drop == "lightest" or self.gate.sees_later_tokens
+
     def extra_repr(self) -> str:
         return f"factor={self.factor}, drop={self.drop}, scope={self.scope}"
 
@@ -82,7 +87,7 @@ class Capacity(Gate):
                 **vars(routing.sums),
                 "num_unrouted": routing.sums.num_tokens
                 - count_routed(routing.token_N, is_kept_N, num_tokens),
-                "num_dropped": (is_used_N & ~is_kept_N).sum(),
+                "num_dropped": routing.sums.num_dropped + (is_used_N & ~is_kept_N).sum(),
             }
         )
         return Routing(
@@ -96,10 +101,7 @@ class Capacity(Gate):
         )
 
     def _room(self, block_T: Tensor, segments: int) -> Tensor:
-        """ceil(factor * k T / E) of the real tokens of each block, and 0 for padding."""
-        ones_T = torch.ones_like(block_T)
-        real_S = block_T.new_zeros(segments + 1).scatter_add(0, block_T, ones_T)
-        asked_S = real_S.to(torch.float64) * self.factor * self.pairs_per_token / self.num_experts
+        """ceil(factor * k T / E) of the real tokens of each block; padding is the last one."""
+        real_S = count(block_T, segments + 1).to(torch.float64)
         # A factor such as 1.1 is no binary fraction: 10 * 1.1 is more than 11.
-        room_S = (asked_S - 1e-9).ceil().to(torch.int64)
-        return room_S.index_fill(0, room_S.new_tensor([segments]), 0)
+        return (real_S * self.factor * self.pairs_per_token / self.num_experts - 1e-9).ceil().to(torch.int64)

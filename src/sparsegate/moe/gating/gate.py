@@ -25,9 +25,14 @@ class Gate(nn.Module, ABC):
     def selects_over_batch(self) -> bool:
         """Whether, in the present mode, a token's experts depend on the other tokens of the call.
 
-        Then parts of a batch are not routed as the whole would be, and a causal model sees the future.
+        Then parts of a batch are not routed as the whole would be.
         """
         return False
+
+    @property
+    def sees_later_tokens(self) -> bool:
+        """Whether, in the present mode, they depend on tokens after it, which a causal model must not."""
+        return self.selects_over_batch
 
     @abstractmethod
     def forward(self, x_TD: Tensor, mask_T: Tensor | None = None, noise: Tensor | None = None) -> Routing:

@@ -19,7 +19,7 @@ from .balanced import (
     threshold_terms,
 )
 from .batchwise import batchwise, blocks, num_blocks, require_scope, smaller
-from .noisy_topk import choose
+from .noisy_topk import choose, require_epsilon
 
 
 class ChoiceInGroups(NamedTuple):
@@ -43,14 +43,15 @@ class ChoiceInGroups(NamedTuple):
 class GroupGates(nn.Module, ABC):
     """Gates G_1 .. G_a of a hierarchy: `(rows, groups, plan, noise) -> ChoiceInGroups`.
 
-    num_groups: a. group_size: experts of each group. pairs_per_row: experts per token and group, or their
-    mean. noise_width: standard normal draws per row that can be given in training; 0 for none. w_gate:
-    [num_groups, width, group_size].
+    num_groups: a. group_size: experts of each group. pairs_per_row: experts per token and group; where
+    `pairs_vary` in training, their mean. noise_width: standard normal draws per row that can be given in
+    training; 0 for none. w_gate: [num_groups, width, group_size].
     """
 
     num_groups: int
     group_size: int
     pairs_per_row: int
+    pairs_vary: bool = False
     noise_width: int
     w_gate: nn.Parameter
 
@@ -89,6 +90,7 @@ class NoisyTopKGroups(GroupGates):
     ) -> None:
         super().__init__()
         require_groups(num_groups=num_groups, group_size=group_size, k=k)
+        require_epsilon(noise_epsilon)
         self.num_groups = num_groups
         self.group_size = self.noise_width = group_size
         self.pairs_per_row = k
@@ -138,6 +140,7 @@ class BalancedGroups(GroupGates):
     """
 
     noise_width = 0
+    pairs_vary = True
 
     def __init__(
         self,

@@ -1,5 +1,7 @@
 """Hierarchical gating (appendix B of the paper): a gate over groups, and a gate in each group."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,7 @@ class Hierarchical(Gate):
         self.secondary = secondary
         self.num_experts = secondary.num_groups * secondary.group_size
         self.pairs_per_token = primary.pairs_per_token * secondary.pairs_per_row
-        self.pairs_vary = primary.pairs_vary
+        self.pairs_vary = primary.pairs_vary or secondary.pairs_vary
         self.noise_width = primary.noise_width
         if not primary.pairs_vary:
             self.noise_width += primary.pairs_per_token * secondary.noise_width
@@ -89,6 +91,14 @@ class Hierarchical(Gate):
     @property
     def selects_over_batch(self) -> bool:
         return self.primary.selects_over_batch or self.secondary.selects_over_batch
+
+    @property
+    def sees_later_tokens(self) -> bool:
+        return self.primary.sees_later_tokens or self.secondary.selects_over_batch
+
+    def after_step(self, sums: BalanceSums) -> None:
+        """The primary gate's experts are the groups."""
+        self.primary.after_step(replace(sums, count_E=sums.group_count_A))
 
     def ops_per_token(self) -> int:
         return self.primary.ops_per_token() + self.primary.pairs_per_token * self.secondary.ops_per_row()
@@ -153,14 +163,14 @@ class Hierarchical(Gate):
             count_E=count_E,
             within_load_E=within_load_E,
             group_load_A=groups.sums.load_E,
-            group_count_A=groups.sums.count_E,
+            group_count_A=count(groups.expert_N, self.secondary.num_groups),
             within_probability_E=self._sum_by_group((choice.logit_NB - z_N1).exp(), groups),
             group_probability_A=groups.sums.probability_E,
             z=groups.sums.z + z_N1.where(is_used_N1, 0.0).square().sum(),
             threshold=groups.sums.threshold + choice.threshold,
             num_tokens=groups.sums.num_tokens,
             num_unrouted=groups.sums.num_tokens - num_routed,
-            num_dropped=groups.sums.num_dropped,
+            num_dropped=groups.sums.num_dropped * self.secondary.pairs_per_row,
         )
 
     def _sum_by_group(self, value_NB: Tensor, groups: Routing) -> Tensor:

@@ -37,8 +37,7 @@ class NoisyTopK(Gate):
     ) -> None:
         super().__init__()
         require_experts(num_experts=num_experts, k=k)
-        if not noise_epsilon >= 0:
-            raise ValueError(f"noise_epsilon ({noise_epsilon}) must not be negative")
+        require_epsilon(noise_epsilon)
         self.num_experts = self.noise_width = num_experts
         self.pairs_per_token = k
         self.noise_epsilon = noise_epsilon
@@ -116,3 +115,9 @@ def probability_in_topk(clean_TE: Tensor, std_TE: Tensor, top_TK1: Tensor, chose
     chosen_TE = torch.zeros_like(clean_TE, dtype=torch.bool).scatter(1, chosen_TK, True)
     threshold_TE = torch.where(chosen_TE, best_left_out_T1, worst_kept_T1)
     return torch.special.ndtr((clean_TE - threshold_TE) / std_TE.clamp_min(_SMALLEST_STD))
+
+
+def require_epsilon(noise_epsilon: float) -> None:
+    """Refuse a deviation that would take noise away."""
+    if not noise_epsilon >= 0:
+        raise ValueError(f"noise_epsilon ({noise_epsilon}) must not be negative")

@@ -1,5 +1,7 @@
 """Sigmoid scores, and a bias that balances without a loss (Wang et al. 2024; DeepSeek-V3)."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,7 +23,8 @@ class SigmoidTopK(Gate):
     Its probabilities, for `switch_loss`, are the scores over their sum, and z is the logarithm of that sum.
 
     width: of the input. k: experts per token. scale: factor of all weights (DeepSeek-V3: 2.5). w_gate starts
-    normal with variance 0.1/width. Buffer: bias [E], float32.
+    normal with variance 0.1/width. Buffer: bias [E], float32 whatever the layer is converted to: in half
+    precision its small steps would be lost.
     """
 
     noise_width = 0
@@ -55,6 +58,11 @@ class SigmoidTopK(Gate):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.w_gate, std=(0.1 / self.w_gate.shape[0]) ** 0.5)
         nn.init.zeros_(self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SigmoidTopK":
+        super()._apply(fn, recurse)
+        self.bias = self.bias.float()
+        return self
 
     def extra_repr(self) -> str:
         width, num_experts = self.w_gate.shape
