@@ -1,6 +1,7 @@
 """The picture of `benchmarks.equal_computation`: test perplexity against parameters, as in figure 2, left.
 
-python -m benchmarks.equal_computation_plot RUNS/results.json docs/images/equal_computation.svg
+python -m benchmarks.equal_computation_plot STREAMS/results.json SENTENCES/results.json \\
+    --titles "continuous text" "single sentences" --picture docs/images/equal_computation.svg
 """
 
 import argparse
@@ -21,13 +22,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("results", type=Path, nargs="+")
-    parser.add_argument("picture", type=Path)
+    parser.add_argument("results", type=Path, nargs="+", help="a panel for each")
+    parser.add_argument("--titles", nargs="+", required=True)
+    parser.add_argument("--picture", type=Path, required=True)
     args = parser.parse_args()
-    rows = [row for file in args.results for row in json.loads(file.read_text())]
     plt.rcParams.update({"font.size": 11, "svg.hashsalt": "sparsegate", "svg.fonttype": "none"})
-    figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
-    draw(axes, rows)
+    figure, panels = plt.subplots(
+        1, len(args.results), figsize=(4.6 * len(args.results), 4.2), sharey=True, squeeze=False
+    )
+    figure.set_layout_engine("constrained")
+    figure.suptitle(
+        "The same words, and about the same multiply-adds for each", x=0.01, ha="left", fontsize=12
+    )
+    panels[0, 0].set_ylabel("test perplexity per word")
+    for axes, file, title in zip(panels[0], args.results, args.titles, strict=True):
+        draw(axes, json.loads(file.read_text()))
+        axes.set_title(title, loc="left", fontsize=11)
     args.picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.picture, metadata={"Date": None} if args.picture.suffix == ".svg" else None)
 
@@ -53,11 +63,11 @@ def draw(axes: Axes, rows: list[dict]) -> None:
             color=color,
         )
     axes.set_xscale("log")
-    axes.set_xlim(0.4, 40)
+    axes.set_xlim(0.4, 6)
+    axes.set_xticks([0.5, 1, 2, 4], ["0.5", "1", "2", "4"])
+    axes.minorticks_off()
     axes.margins(y=0.15)
-    axes.set_xlabel("parameters without embedding and softmax (millions)")
-    axes.set_ylabel("test perplexity per word")
-    axes.set_title("The same words, and about the same multiply-adds for each", loc="left", fontsize=12)
+    axes.set_xlabel("parameters (millions), without embedding and softmax")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e2e8f0", zorder=0)
 
