@@ -127,12 +127,26 @@ def four_lstm_512() -> RunConfig:
 
 def lstm_2048_512() -> RunConfig:
     """One LSTM of 2048 units, projected to 512."""
+    return _projected("lstm-2048-512", units=2048, width=WIDTH, num_layers=1, dropout=DROPOUT)
+
+
+def lstm_1024_512() -> RunConfig:
+    """One LSTM of 1024 units, projected to 512 (Jozefowicz et al. 2016)."""
+    return _projected("lstm-1024-512", units=1024, width=WIDTH, num_layers=1, dropout=DROPOUT)
+
+
+def two_lstm_8192_1024() -> RunConfig:
+    """Two LSTMs of 8192 units, projected to 1024: the best published model (Jozefowicz et al. 2016)."""
+    return _projected("2xlstm-8192-1024", units=8192, width=1024, num_layers=2, dropout=0.25)
+
+
+def _projected(name: str, *, units: int, width: int, num_layers: int, dropout: float) -> RunConfig:
     model = RecurrentLM(
         vocab_size=VOCABULARY,
-        width=WIDTH,
-        lstm_units=2048,
-        lstm_projection=WIDTH,
-        dropout=DROPOUT,
-        num_layers=1,
+        width=width,
+        lstm_units=units,
+        lstm_projection=width,
+        dropout=dropout,
+        num_layers=num_layers,
     )
-    return _run("lstm-2048-512", model)
+    return _run(name, model)

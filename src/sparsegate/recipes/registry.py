@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from ..training.config import RunConfig
 from ..training.overrides import did_you_mean
-from . import paper, small
+from . import news, paper, small
 
 _FUNCTIONS: tuple[Callable[[], RunConfig], ...] = (
     paper.moe_4,
@@ -19,6 +19,16 @@ _FUNCTIONS: tuple[Callable[[], RunConfig], ...] = (
     paper.moe_1_deep,
     paper.four_lstm_512,
     paper.lstm_2048_512,
+    paper.lstm_1024_512,
+    paper.two_lstm_8192_1024,
+    news.news_4xlstm_512,
+    news.news_moe_32,
+    news.news_moe_256_h,
+    news.news_moe_1024_h,
+    news.news_moe_4096_h,
+    news.news_moe_16384_h,
+    news.news_moe_65536_h,
+    news.news_moe_131072_h,
     small.small_moe_4,
     small.small_moe_32,
     small.small_moe_256,
