@@ -87,6 +87,15 @@ def test_a_model_without_experts_has_no_row_for_them():
     assert "experts" not in "\n".join(panel(display))
 
 
+def test_what_gates_lose_is_shown_where_they_lose_any():
+    display = display_of(None)
+    display.take_in(step_line(20) | {"moe/unrouted_share": 0.0, "moe/dropped_share": 0.0})
+    assert "unrouted" not in "".join(panel(display))
+    assert "dropped" not in "".join(panel(display))
+    display.take_in(step_line(40) | {"moe/unrouted_share": 0.0, "moe/dropped_share": 0.0321})
+    assert "dropped 3.2%" in "".join(panel(display, width=120))
+
+
 def test_the_worst_of_several_layers_is_shown():
     display = display_of(terminal())
     display.take_in(step_line(1) | {"other/cv_load": 0.71, "other/max_over_mean_load": 1.01})

@@ -21,6 +21,7 @@ _TRAIN = ("loss", "perplexity", "tokens_per_second", "learning_rate")
 _VALID = ("loss", "perplexity", "bits_per_byte")
 _EVALUATION = ("loss", "perplexity", "word_perplexity", "bits_per_byte")
 _BALANCE = ("cv_load", "cv_importance", "max_over_mean_load", "dead_experts")
+_LOST = ("unrouted_share", "dropped_share")  # where any is: most gates lose nothing
 _LABELS = {
     "tokens_per_second": "tokens/s",
     "learning_rate": "rate",
@@ -30,6 +31,8 @@ _LABELS = {
     "cv_load": "CV load",
     "max_over_mean_load": "max/mean",
     "dead_experts": "dead",
+    "unrouted_share": "unrouted",
+    "dropped_share": "dropped",
 }
 _FORMATS = {
     "loss": ".3f",
@@ -42,6 +45,8 @@ _FORMATS = {
     "cv_load": ".2f",
     "max_over_mean_load": ".2f",
     "dead_experts": ",.0f",
+    "unrouted_share": ".1%",
+    "dropped_share": ".1%",
 }
 _ALARMING = {"cv_importance": 1.0, "cv_load": 1.0, "dead_experts": 0.0}  # yellow above this
 _KIND_STYLES = {"evaluation": "green", "skipped": "yellow", "warning": "yellow"}
@@ -139,7 +144,7 @@ class Display:
         if self._train:
             yield [Text("train", style="dim"), *_cells(self._train, "train/", _TRAIN)]
         if balance := _worst_of_layers(self._train):
-            yield [Text("experts", style="dim"), *_cells(balance, "", _BALANCE)]
+            yield [Text("experts", style="dim"), *_cells(balance, "", _BALANCE + _LOST)]
         if self._valid:
             yield [Text("valid", style="dim"), *_cells(self._valid, "valid/", _VALID), *self._best_cell()]
 
@@ -149,7 +154,7 @@ class Display:
     def _plain_text(self) -> Text:
         head = Text(f"{self._name}  {self._step:,}/{self._total_steps:,} ({self._percent()})")
         balance = _worst_of_layers(self._train)
-        cells = [*_cells(self._train, "train/", _TRAIN), *_cells(balance, "", _BALANCE)]
+        cells = [*_cells(self._train, "train/", _TRAIN), *_cells(balance, "", _BALANCE + _LOST)]
         return Text("  ").join([head, *cells, Text(self._time_left())])
 
     def _percent(self) -> str:
@@ -246,7 +251,7 @@ def _worst_of_layers(values: Mapping[str, float]) -> dict[str, float]:
     worst: dict[str, float] = {}
     for tag, value in values.items():
         key = tag.rpartition("/")[2]
-        if key in _BALANCE:
+        if key in _BALANCE or (key in _LOST and value > 0):
             worst[key] = max(worst.get(key, value), value)
     return worst
 
