@@ -61,7 +61,7 @@ def stepper(config: RunConfig, args: argparse.Namespace) -> Callable[[], None]:
 
     def step() -> None:
         gradient = compute_gradient(state.model, batch, {}, config)
-        apply_gradient(state.model, state.optimizer, gradient, learning_rate=1e-3, clip_norm=1.0)
+        apply_gradient(state.model, state.optimizers, gradient, learning_rate=1e-3, clip_norm=1.0)
         state.model.after_step(gradient.sums)
 
     return step

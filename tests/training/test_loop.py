@@ -45,8 +45,9 @@ def everything(result: TrainResult) -> dict[str, torch.Tensor]:
     """Weights, moments and carried state by name."""
     state = result.state
     tensors = {f"model/{name}": value for name, value in state.model.state_dict().items()}
-    for index, moments in enumerate(state.optimizer.state.values()):
-        tensors |= {f"optimizer/{index}/{key}": value for key, value in moments.items()}
+    for number, optimizer in enumerate(state.optimizers):
+        for index, moments in enumerate(optimizer.state.values()):
+            tensors |= {f"optimizer/{number}/{index}/{key}": value for key, value in moments.items()}
     for name, (h, c) in state.carried.items():
         tensors |= {f"carried/{name}/h": h, f"carried/{name}/c": c}
     return tensors
@@ -109,6 +110,14 @@ def test_so_it_does_with_every_gate(config: RunConfig, tmp_path: Path, name: str
     text = list(load(tmp_path / "whole").score(["The 3 cats sat."]))
     assert math.isfinite(text[0].total)
     assert all("the tokens after it" in message for message in warnings)
+
+
+def test_so_it_does_with_the_factored_optimizer(config: RunConfig, tmp_path: Path):
+    config = with_training(replace(config, optim=replace(config.optim, experts="factored")), steps=7)
+    whole = train(config, folder=tmp_path / "whole")
+    assert {"optimizer/1/0/row", "optimizer/1/1/col"} <= everything(whole).keys()
+    train(with_training(config, steps=3), folder=tmp_path / "parts")
+    assert_equal(train(config, folder=tmp_path / "parts", resume=True), whole)
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(config: RunConfig, tmp_path: Path):
@@ -259,7 +268,8 @@ def test_frozen_parameters_stay_and_the_others_learn(config: RunConfig, dataset:
     state = train(config, folder=tmp_path / "run").state
     for name, parameter in state.model.named_parameters():
         assert torch.equal(parameter, start[name]) == name.startswith(frozen), name
-        assert (parameter in state.optimizer.state) != name.startswith(frozen), name
+        (adam,) = state.optimizers
+        assert (parameter in adam.state) != name.startswith(frozen), name
 
 
 def test_thresholds_that_nothing_would_train_are_refused(config: RunConfig, tmp_path: Path):

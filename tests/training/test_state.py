@@ -35,19 +35,27 @@ def tensors_of(state: TrainState) -> Tensors:
     """Weights, Adam's state under the names of the parameters, carried LSTM state."""
     found = dict(state.model.state_dict())
     for name, parameter in state.model.named_parameters():
-        for key, value in state.optimizer.state.get(parameter, {}).items():
-            found[f"{name}/{key}"] = value
+        for optimizer in state.optimizers:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                found[f"{name}/{key}"] = value
     for name, pair in state.carried.items():
         found |= {f"{name}.{part}": value for part, value in zip("hc", pair, strict=True)}
     return found
 
 
-def test_what_is_restored_is_what_was_saved(config: RunConfig, trained: TrainState, tmp_path: Path):
+@pytest.mark.parametrize("experts", ["adam", "factored"])
+def test_what_is_restored_is_what_was_saved(config: RunConfig, tmp_path: Path, experts: str):
+    config = replace(config, optim=replace(config.optim, experts=experts))
+    trained = train(config, folder=tmp_path / "run").state
     path = trained.save(tmp_path / "checkpoints", keep=())
     fresh = make_state(replace(config, seed=99))
     fresh.restore(load_checkpoint(path))
     saved, restored = tensors_of(trained), tensors_of(fresh)
-    assert {key.rpartition("/")[2] for key in saved if "/" in key} == {"step", "exp_avg", "exp_avg_sq"}
+    of_experts = {"row", "col"} if experts == "factored" else {"exp_avg", "exp_avg_sq"}
+    keys = {key.rpartition("/")[2] for key in saved if "/" in key}
+    assert keys == {"step", "exp_avg", "exp_avg_sq"} | of_experts
+    in_experts = {key.rpartition("/")[2] for key in saved if ".experts." in key and "/" in key}
+    assert in_experts == {"step"} | of_experts
     assert {"lstm1.h", "lstm1.c", "lstm2.h", "lstm2.c"} <= saved.keys()
     assert saved.keys() == restored.keys()
     for name, value in saved.items():
@@ -62,7 +70,7 @@ def test_a_fresh_state_has_nothing_to_carry_and_comes_back_as_fresh(config: RunC
     other = make_state(replace(config, seed=99))
     other.restore(load_checkpoint(state.save(tmp_path, keep=())))
     assert other.carried == {}
-    assert other.optimizer.state == {}
+    assert all(optimizer.state == {} for optimizer in other.optimizers)
     assert all(
         torch.equal(value, other.model.state_dict()[n]) for n, value in state.model.state_dict().items()
     )

@@ -231,6 +231,6 @@ def test_a_gradient_is_applied_clipped_at_its_norm():
         for name, p in built.named_parameters()
     }
     optimizer = torch.optim.SGD(built.parameters(), lr=1.0)
-    apply_gradient(built, optimizer, gradient, learning_rate=0.5, clip_norm=0.01)
+    apply_gradient(built, [optimizer], gradient, learning_rate=0.5, clip_norm=0.01)
     for name, parameter in built.named_parameters():
         torch.testing.assert_close(parameter.detach(), expected[name], rtol=1e-4, atol=1e-9, msg=name)

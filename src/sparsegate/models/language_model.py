@@ -86,6 +86,10 @@ class LanguageModel(nn.Module):
         """Whether any layer routes, and so has balance losses."""
         return any(layer.routes for _, layer in self.named_layers())
 
+    def expert_parameters(self) -> list[nn.Parameter]:
+        """The weights of all layers' experts."""
+        return [parameter for _, layer in self.named_layers() for parameter in layer.expert_parameters()]
+
     def after_step(self, sums: Mapping[str, BalanceSums]) -> None:
         """Tell the gates what an optimizer step was made of: sums over the whole batch, by layer name."""
         for name, layer in self.named_layers():

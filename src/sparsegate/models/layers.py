@@ -2,7 +2,7 @@
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -43,6 +43,10 @@ class Layer(nn.Module, ABC):
     @abstractmethod
     def ops_per_token(self) -> int:
         """Multiply-adds per token in the forward pass: the paper's metric."""
+
+    def expert_parameters(self) -> Iterable[nn.Parameter]:
+        """The weights of experts, stacked: of most models the largest part."""
+        return ()
 
     def after_step(self, sums: BalanceSums) -> None:
         """Called after each optimizer step with what the layer's routing added up to over the batch."""
@@ -114,6 +118,9 @@ class Mixture(Layer):
 
     def ops_per_token(self) -> int:
         return self.moe.ops_per_token()
+
+    def expert_parameters(self) -> Iterable[nn.Parameter]:
+        return self.moe.experts.parameters()
 
     def after_step(self, sums: BalanceSums) -> None:
         self.moe.gate.after_step(sums)

@@ -72,6 +72,11 @@ class LossConfig:
 class OptimConfig:
     """Adam, a linear warm-up, then 1/sqrt(step). The paper states the schedule and leaves the rest open."""
 
+    experts: Literal["adam", "factored"] = option(
+        "optimizer of the experts' weights: Adam, or the paper's with factored second moments and no first "
+        "ones, which needs hardly any memory (appendix D)",
+        "adam",
+    )
     learning_rate: float = option("at the end of the warm-up, its greatest value", 1e-3)
     warmup_steps: int = option("steps of linear warm-up", 1000)
     beta1: float = option("Adam's decay of the mean gradient", 0.9)

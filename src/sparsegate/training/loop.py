@@ -11,9 +11,10 @@ from rich.console import Console
 from ..data import ContinuousBatches, Dataset, SentenceBatches, load_vocabulary
 from ..evaluation.perplexity import Evaluation, evaluate
 from ..models import LanguageModel, build
+from ..optim.factored import FactoredAdam
 from ..optim.schedule import warmup_then_inverse_sqrt
 from .checkpoint import checkpoint_name, latest_checkpoint, load_checkpoint
-from .config import ContinuousConfig, RunConfig
+from .config import ContinuousConfig, OptimConfig, RunConfig
 from .lock import run_lock
 from .noise import Draw, derived_seed
 from .reporter import Reporter
@@ -146,7 +147,7 @@ class Run:
             step=progress.step + 1, peak=optim.learning_rate, warmup_steps=optim.warmup_steps
         )
         apply_gradient(
-            self.state.model, self.state.optimizer, gradient, learning_rate=rate, clip_norm=optim.clip_norm
+            self.state.model, self.state.optimizers, gradient, learning_rate=rate, clip_norm=optim.clip_norm
         )
         self.state.model.after_step(gradient.sums)
         self.state.carried = gradient.state
@@ -240,22 +241,30 @@ def make_batches(config: RunConfig, dataset: Dataset) -> ContinuousBatches | Sen
 
 
 def make_state(config: RunConfig) -> TrainState:
-    """A fresh model with the weights that the seed gives, and its optimizer."""
+    """A fresh model with the weights that the seed gives, and its optimizers."""
     torch.manual_seed(derived_seed(Draw.WEIGHTS, config.seed))
     model = build(config.model).to(resolve_device(config.training.device))
     model.train()
     freeze(model, config.training.freeze)
     if not config.training.init_from:
         require_trainable_thresholds(model)
-    optim = config.optim
-    optimizer = torch.optim.Adam(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=optim.learning_rate,
-        betas=(optim.beta1, optim.beta2),
-        eps=optim.epsilon,
-        fused=True,
-    )
-    return TrainState(model=model, optimizer=optimizer)
+    return TrainState(model=model, optimizers=make_optimizers(model, config.optim))
+
+
+def make_optimizers(model: LanguageModel, config: OptimConfig) -> list[torch.optim.Optimizer]:
+    """Adam for all that is trained, or for all but the experts, which then have the factored one."""
+    factored = set(model.expert_parameters()) if config.experts == "factored" else set()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizers: list[torch.optim.Optimizer] = []
+    if dense := [p for p in trained if p not in factored]:
+        betas = (config.beta1, config.beta2)
+        adam = torch.optim.Adam(dense, lr=config.learning_rate, betas=betas, eps=config.epsilon, fused=True)
+        optimizers.append(adam)
+    if experts := [p for p in trained if p in factored]:
+        optimizers.append(
+            FactoredAdam(experts, lr=config.learning_rate, beta2=config.beta2, eps=config.epsilon)
+        )
+    return optimizers
 
 
 def resolve_device(device: str) -> torch.device:

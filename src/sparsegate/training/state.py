@@ -1,6 +1,6 @@
 """What changes while a run goes on, and its way into a checkpoint and back."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -32,10 +32,13 @@ class Progress:
 
 @dataclass(kw_only=True)
 class TrainState:
-    """Model, optimizer, counters, and the recurrent state that continuous text carries on."""
+    """Model, optimizers, counters, and the recurrent state that continuous text carries on.
+
+    optimizers: each parameter that is trained belongs to one of them.
+    """
 
     model: LanguageModel
-    optimizer: torch.optim.Optimizer
+    optimizers: Sequence[torch.optim.Optimizer]
     progress: Progress = field(default_factory=Progress)
     carried: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
@@ -51,7 +54,7 @@ class TrainState:
             step=self.progress.step,
             tensors={
                 "model": self.model.state_dict(),
-                "optimizer": _optimizer_tensors(self.model, self.optimizer),
+                "optimizer": _optimizer_tensors(self.model, self.optimizers),
                 "state": carried,
             },
             state=asdict(self.progress),
@@ -62,7 +65,7 @@ class TrainState:
         """Become the state that was saved, bit for bit."""
         device = self.model.softmax.weight.device
         load_weights(self.model, checkpoint.tensors["model"], where="checkpoint")
-        _load_optimizer_tensors(self.model, self.optimizer, checkpoint.tensors["optimizer"])
+        _load_optimizer_tensors(self.model, self.optimizers, checkpoint.tensors["optimizer"])
         carried = checkpoint.tensors["state"]
         names = dict.fromkeys(name.rpartition(".")[0] for name in carried)
         self.carried = {n: (carried[f"{n}.h"].to(device), carried[f"{n}.c"].to(device)) for n in names}
@@ -89,30 +92,36 @@ def load_weights(model: torch.nn.Module, tensors: dict[str, Tensor], *, where: s
     model.load_state_dict(tensors)
 
 
-def _optimizer_tensors(model: LanguageModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state under the names of the parameters it belongs to: `NAME/exp_avg`."""
+def _optimizer_tensors(
+    model: LanguageModel, optimizers: Sequence[torch.optim.Optimizer]
+) -> dict[str, Tensor]:
+    """The optimizers' state under the names of the parameters it belongs to: `NAME/exp_avg`."""
     return {
         f"{name}/{key}": value
         for name, parameter in model.named_parameters()
+        for optimizer in optimizers
         for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
 def _load_optimizer_tensors(
-    model: LanguageModel, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+    model: LanguageModel, optimizers: Sequence[torch.optim.Optimizer], tensors: dict[str, Tensor]
 ) -> None:
     by_parameter: dict[str, dict[str, Tensor]] = {}
     for path, value in tensors.items():
         name, _, key = path.rpartition("/")
         by_parameter.setdefault(name, {})[key] = value
-    for name, parameter in model.named_parameters():
-        if name in by_parameter:
-            optimizer.state[parameter] = {
-                key: value if key == "step" and not _step_on_device(optimizer) else value.to(parameter.device)
-                for key, value in by_parameter[name].items()
-            }
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for optimizer in optimizers:
+        stays = () if _step_on_device(optimizer) else ("step",)
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            if stored := by_parameter.get(names[parameter]):
+                optimizer.state[parameter] = {
+                    key: value if key in stays else value.to(parameter.device)
+                    for key, value in stored.items()
+                }
 
 
 def _step_on_device(optimizer: torch.optim.Optimizer) -> bool:
     """Fused optimizers count their steps on the device of the parameters, others on the CPU."""
-    return bool(optimizer.defaults["fused"])
+    return bool(optimizer.defaults.get("fused"))

@@ -1,7 +1,7 @@
 """One training step: loss and gradient of one batch, checked, then applied."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -100,7 +100,7 @@ def compute_gradient(model: LanguageModel, batch: Batch, state: State, config: R
 
 def apply_gradient(
     model: LanguageModel,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     gradient: Gradient,
     *,
     learning_rate: float,
@@ -110,9 +110,10 @@ def apply_gradient(
     assert gradient.finite
     parameters = [p for p in model.parameters() if p.grad is not None]
     torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, torch.tensor(gradient.norm))
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    optimizer.step()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step()
 
 
 def balance_loss(sums: Mapping[str, BalanceSums], weights: LossConfig) -> Tensor:

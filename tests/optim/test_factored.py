@@ -1,0 +1,152 @@
+"""Factored Adam against the second moment as it reads, matrix by matrix."""
+
+import pytest
+import torch
+
+from sparsegate.optim.factored import FactoredAdam
+from tests.helpers.tolerances import assert_close
+
+LR, BETA2 = 0.1, 0.9
+
+
+def a_parameter(*shape: int) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.randn(*shape))
+
+
+def as_it_reads(weight: torch.Tensor, grads: list[torch.Tensor], *, eps: float = 1e-8) -> torch.Tensor:
+    """One matrix: V is kept whole, and its outer product is taken from its averages."""
+    v = torch.zeros(weight.shape, dtype=torch.float64)
+    weight = weight.double()
+    for step, grad in enumerate(grads, start=1):
+        v = BETA2 * v + (1 - BETA2) * grad.double() ** 2
+        v_hat = v / (1 - BETA2**step)
+        row, col = v_hat.mean(dim=1), v_hat.mean(dim=0)
+        outer = torch.outer(row, col) / row.mean()
+        weight = weight - LR * grad.double() / (outer.sqrt() + eps)
+    return weight
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (5, 3, 4), (2, 5, 3, 4), (5, 1, 4), (5, 3, 1)])
+def test_every_matrix_is_updated_by_the_outer_product_of_its_averages(shape):
+    parameter = a_parameter(*shape)
+    start = parameter.detach().clone()
+    optimizer = FactoredAdam([parameter], lr=LR, beta2=BETA2)
+    grads = [torch.randn(shape) * 10.0**step for step in range(-2, 3)]
+    for grad in grads:
+        parameter.grad = grad.clone()
+        optimizer.step()
+        assert torch.equal(parameter.grad, grad)
+    ours = parameter.detach().reshape(-1, *shape[-2:])
+    theirs = start.reshape(-1, *shape[-2:])
+    for number, (our_matrix, their_start) in enumerate(zip(ours, theirs, strict=True)):
+        of_matrix = [grad.reshape(-1, *shape[-2:])[number] for grad in grads]
+        assert_close(our_matrix, as_it_reads(their_start, of_matrix).float(), dtype=torch.float32, scale=10)
+
+
+def test_where_the_squared_gradient_has_rank_one_it_is_adam_without_a_first_moment():
+    row, col = torch.rand(3, 6, 1) + 0.1, torch.rand(3, 1, 4) + 0.1
+    parameter = a_parameter(3, 6, 4)
+    other = torch.nn.Parameter(parameter.detach().clone())
+    ours = FactoredAdam([parameter], lr=LR, beta2=BETA2)
+    theirs = torch.optim.Adam([other], lr=LR, betas=(0.0, BETA2))
+    for step in range(6):
+        sign = torch.randint(0, 2, (3, 6, 4)) * 2.0 - 1
+        parameter.grad = sign * (row * col) * (step + 1)
+        other.grad = parameter.grad.clone()
+        ours.step()
+        theirs.step()
+    assert_close(parameter, other, dtype=torch.float32, scale=10)
+
+
+def test_an_expert_without_a_gradient_stays_and_its_averages_decay():
+    parameter = a_parameter(2, 3, 4)
+    optimizer = FactoredAdam([parameter], lr=LR, beta2=BETA2)
+    parameter.grad = torch.randn(2, 3, 4)
+    optimizer.step()
+    before, row = parameter.detach().clone(), optimizer.state[parameter]["row"].clone()
+    parameter.grad = torch.cat([torch.zeros(1, 3, 4), torch.randn(1, 3, 4)])
+    optimizer.step()
+    assert torch.equal(parameter[0], before[0])
+    assert not torch.equal(parameter[1], before[1])
+    assert_close(optimizer.state[parameter]["row"][0], BETA2 * row[0], dtype=torch.float32)
+
+
+def test_a_matrix_that_never_had_a_gradient_stays_finite():
+    parameter = a_parameter(2, 3, 4)
+    before = parameter.detach().clone()
+    parameter.grad = torch.zeros(2, 3, 4)
+    FactoredAdam([parameter]).step()
+    assert torch.equal(parameter, before)
+
+
+def test_the_state_is_a_small_share_of_the_weights():
+    parameter = a_parameter(4, 512, 1024)
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = FactoredAdam([parameter])
+    optimizer.step()
+    state = sum(value.numel() for value in optimizer.state[parameter].values())
+    assert state < 0.01 * parameter.numel()
+
+
+@pytest.mark.parametrize("chunk", [1, 12, 25, 10**9])
+def test_parts_that_are_updated_together_change_nothing(chunk, monkeypatch):
+    def weights():
+        torch.manual_seed(0)
+        parameter = a_parameter(7, 3, 4)
+        optimizer = FactoredAdam([parameter], lr=LR, beta2=BETA2)
+        for _ in range(3):
+            parameter.grad = torch.randn(7, 3, 4)
+            optimizer.step()
+        return parameter.detach()
+
+    expected = weights()
+    monkeypatch.setattr("sparsegate.optim.factored._CHUNK", chunk)
+    assert torch.equal(weights(), expected)
+
+
+def test_weights_in_bfloat16_have_averages_in_float32():
+    parameter = torch.nn.Parameter(torch.randn(2, 3, 4).bfloat16())
+    parameter.grad = torch.full((2, 3, 4), 1e-3).bfloat16()
+    optimizer = FactoredAdam([parameter], lr=0.5)
+    before = parameter.detach().clone()
+    optimizer.step()
+    assert parameter.dtype == torch.bfloat16
+    assert {optimizer.state[parameter][key].dtype for key in ("row", "col")} == {torch.float32}
+    assert_close((before - parameter).float(), torch.full((2, 3, 4), 0.5), dtype=torch.bfloat16, scale=4)
+
+
+def test_state_dict_goes_on_where_it_stopped():
+    def run(restore: bool) -> torch.Tensor:
+        torch.manual_seed(0)
+        parameter = a_parameter(2, 3, 4)
+        optimizer = FactoredAdam([parameter], lr=LR)
+        for step in range(4):
+            if restore and step == 2:
+                other = FactoredAdam([parameter], lr=LR)
+                other.load_state_dict(optimizer.state_dict())
+                optimizer = other
+            parameter.grad = torch.randn(2, 3, 4)
+            optimizer.step()
+        return parameter.detach()
+
+    assert torch.equal(run(restore=False), run(restore=True))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"lr": -1.0}, r"lr \(-1.0\) must not be negative"),
+        ({"beta2": 1.0}, r"beta2 \(1.0\) must be at least 0 and below 1"),
+        ({"eps": 0.0}, r"eps \(0.0\) must be above 0"),
+    ],
+)
+def test_what_cannot_be_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        FactoredAdam([a_parameter(3, 4)], **wrong)
+
+
+def test_a_vector_is_refused():
+    with pytest.raises(
+        ValueError, match=r"params: one has the shape \[3\], and rows and columns need two axes"
+    ):
+        FactoredAdam([a_parameter(3)])
