@@ -22,6 +22,11 @@ from tests.helpers.model_cases import CONFIGS
         ("recurrent", {"vocab_size": 0}, r"model.vocab-size \(0\) must be at least 1"),
         ("recurrent", {"width": 0}, r"model.width \(0\) must be at least 1"),
         ("recurrent", {"lstm_units": -1}, r"model.lstm-units \(-1\) must be at least 1"),
+        (
+            "recurrent",
+            {"softmax_samples": -1},
+            r"model.softmax-samples \(-1\) must be at least 1, or 0 for all words",
+        ),
         ("recurrent", {"num_layers": 0}, r"model.num-layers \(0\) must be at least 1"),
         ("recurrent", {"dropout": 1.0}, r"model.dropout \(1.0\) must be at least 0 and below 1"),
         ("recurrent", {"dropout": -0.1}, r"model.dropout \(-0.1\) must be at least 0 and below 1"),

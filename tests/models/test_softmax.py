@@ -1,15 +1,17 @@
 """The output layer: a distribution, and its negative logarithm in nats."""
 
+import math
+
 import pytest
 import torch
 
-from sparsegate.models.softmax import FullSoftmax
+from sparsegate.models.softmax import OutputSoftmax, draw_log_uniform, log_chance
 from tests.helpers.moe_cases import gradients
 from tests.helpers.tolerances import TOLERANCES, assert_close
 
 
-def a_softmax(dtype=torch.float64) -> FullSoftmax:
-    softmax = FullSoftmax(vocab_size=7, width=4, dtype=dtype)
+def a_softmax(dtype=torch.float64) -> OutputSoftmax:
+    softmax = OutputSoftmax(vocab_size=7, width=4, dtype=dtype)
     torch.nn.init.normal_(softmax.bias)
     return softmax
 
@@ -52,6 +54,88 @@ def test_huge_logits_have_a_finite_nll():
 
 def test_a_fresh_model_knows_nothing():
     """At the start the distribution is nearly uniform for hidden layers of size about one."""
-    softmax = FullSoftmax(vocab_size=1000, width=64)
+    softmax = OutputSoftmax(vocab_size=1000, width=64)
     nll = softmax.nll(torch.randn(200, 64), torch.randint(1000, (200,))).mean()
     assert abs(float(nll.detach()) - (torch.log(torch.tensor(1000.0)) + 0.5)) < 0.2
+
+
+VOCAB, SAMPLES = 50, 20
+
+
+def probability(word: int) -> float:
+    """Log-uniform over the vocabulary."""
+    return math.log((word + 2) / (word + 1)) / math.log(VOCAB + 1)
+
+
+def a_sampled_softmax(num_samples: int = SAMPLES) -> OutputSoftmax:
+    softmax = OutputSoftmax(vocab_size=VOCAB, width=4, num_samples=num_samples, dtype=torch.float64)
+    torch.nn.init.normal_(softmax.bias)
+    return softmax
+
+
+def test_the_sampled_loss_is_its_formula_in_value_and_gradient():
+    """Corrected logits; of a word that is drawn twice one counts; a candidate that is the target, none."""
+    softmax = a_sampled_softmax()
+    hidden_TD = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    target_T = torch.tensor([0, 3, 7, 7, 49, 20])
+    sample_S = torch.tensor([0, 0, 1, 2, 3, 3, 3, 7, 11, 20, 20, 30])
+    losses = []
+    for hidden_D, target in zip(hidden_TD, target_T.tolist(), strict=True):
+
+        def corrected(word, hidden_D=hidden_D):
+            chance = 1 - (1 - probability(word)) ** len(sample_S)
+            return hidden_D @ softmax.weight[word] + softmax.bias[word] - math.log(chance)
+
+        others = [corrected(word) for word in set(sample_S.tolist()) - {target}]
+        total = sum(torch.exp(logit) for logit in [corrected(target), *others])
+        losses.append(total.log() - corrected(target))
+    ours, theirs = softmax.sampled_nll(hidden_TD, target_T, sample_S), torch.stack(losses)
+    assert_close(ours, theirs)
+    of = (hidden_TD, softmax.weight, softmax.bias)
+    for our_gradient, their_gradient in zip(
+        gradients(ours.sum(), *of), gradients(theirs.sum(), *of), strict=True
+    ):
+        assert_close(our_gradient, their_gradient)
+
+
+def test_candidates_are_log_uniform_and_as_often_present_as_stated():
+    draws = torch.stack([draw_log_uniform(SAMPLES, VOCAB, device=torch.device("cpu")) for _ in range(4000)])
+    assert (draws[:, 1:] >= draws[:, :-1]).all()
+    assert 0 <= int(draws.min()) <= int(draws.max()) == VOCAB - 1
+    chance_V = log_chance(torch.arange(VOCAB), num_samples=SAMPLES, vocab_size=VOCAB).exp()
+    for word in range(VOCAB):
+        p, chance = probability(word), float(chance_V[word])
+        share = float((draws == word).double().mean())
+        present = float((draws == word).any(dim=1).double().mean())
+        assert abs(share - p) < 5 * (p * (1 - p) / draws.numel()) ** 0.5
+        assert abs(present - chance) < 5 * (chance * (1 - chance) / len(draws)) ** 0.5 + 1e-3
+
+
+def test_with_very_many_samples_it_is_the_full_softmax():
+    softmax = a_sampled_softmax(20_000)
+    hidden_TD, target_T = torch.randn(6, 4, dtype=torch.float64), torch.randint(VOCAB, (6,))
+    assert_close(softmax.nll(hidden_TD, target_T), softmax.eval().nll(hidden_TD, target_T), scale=1e3)
+
+
+def test_evaluation_is_exact_and_training_draws_anew():
+    softmax = a_sampled_softmax()
+    full = OutputSoftmax(vocab_size=VOCAB, width=4, dtype=torch.float64)
+    full.load_state_dict(softmax.state_dict())
+    hidden, target = torch.randn(2, 3, 4, dtype=torch.float64), torch.randint(VOCAB, (2, 3))
+    first, second = softmax.nll(hidden, target), softmax.nll(hidden, target)
+    assert first.shape == (2, 3)
+    assert not torch.equal(first, second)
+    assert torch.equal(softmax.eval().nll(hidden, target), full.nll(hidden, target))
+
+
+def test_only_targets_and_candidates_have_gradients():
+    softmax = a_sampled_softmax()
+    sample_S = torch.tensor([0, 1, 4])
+    loss = softmax.sampled_nll(torch.randn(2, 4, dtype=torch.float64), torch.tensor([9, 30]), sample_S).sum()
+    (gradient,) = gradients(loss, softmax.weight)
+    assert gradient.any(dim=1).nonzero()[:, 0].tolist() == [0, 1, 4, 9, 30]
+
+
+def test_a_negative_number_of_samples_is_refused():
+    with pytest.raises(ValueError, match=r"num_samples \(-1\) must be at least 1, or 0 for all words"):
+        OutputSoftmax(vocab_size=3, width=2, num_samples=-1)

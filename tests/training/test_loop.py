@@ -15,7 +15,7 @@ from sparsegate import load
 from sparsegate.cli.main import main
 from sparsegate.data import Batch, Dataset
 from sparsegate.models import LanguageModel, RecurrentLM
-from sparsegate.models.softmax import FullSoftmax
+from sparsegate.models.softmax import OutputSoftmax
 from sparsegate.training.checkpoint import checkpoint_name, latest_checkpoint, load_checkpoint
 from sparsegate.training.config import ContinuousConfig, RunConfig, SentencesConfig
 from sparsegate.training.log import read_log
@@ -112,6 +112,18 @@ def test_so_it_does_with_every_gate(config: RunConfig, tmp_path: Path, name: str
     assert all("the tokens after it" in message for message in warnings)
 
 
+def test_so_it_does_with_a_sampled_softmax(config: RunConfig, tmp_path: Path):
+    config = with_training(replace(config, model=replace(config.model, softmax_samples=9)), steps=7)
+    whole = train(config, folder=tmp_path / "whole")
+    train(with_training(config, steps=3), folder=tmp_path / "parts")
+    assert_equal(train(config, folder=tmp_path / "parts", resume=True), whole)
+    full = train(
+        with_training(replace(config, model=replace(config.model, softmax_samples=0)), steps=7),
+        folder=tmp_path / "full",
+    )
+    assert not torch.equal(everything(full)["model/softmax.bias"], everything(whole)["model/softmax.bias"])
+
+
 def test_so_it_does_with_the_factored_optimizer(config: RunConfig, tmp_path: Path):
     config = with_training(replace(config, optim=replace(config.optim, experts="factored")), steps=7)
     whole = train(config, folder=tmp_path / "whole")
@@ -132,9 +144,9 @@ class Planted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, at: set[int], factor: float) -> None:
         self.calls = 0
-        plain = FullSoftmax.nll
+        plain = OutputSoftmax.nll
 
-        def nll(softmax: FullSoftmax, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        def nll(softmax: OutputSoftmax, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
             value = plain(softmax, hidden, target)
             if softmax.training:
                 self.calls += 1
@@ -142,7 +154,7 @@ class Planted:
                     value = value * factor
             return value
 
-        monkeypatch.setattr(FullSoftmax, "nll", nll)
+        monkeypatch.setattr(OutputSoftmax, "nll", nll)
 
 
 @pytest.mark.parametrize("factor", [float("nan"), float("inf")])

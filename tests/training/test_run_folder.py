@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparsegate.data import Dataset
-from sparsegate.models.softmax import FullSoftmax
+from sparsegate.models.softmax import OutputSoftmax
 from sparsegate.training.checkpoint import checkpoint_name, latest_checkpoint, load_checkpoint
 from sparsegate.training.config import RunConfig
 from sparsegate.training.log import read_log
@@ -155,14 +155,14 @@ def test_a_skipped_batch_is_logged_once_however_often_the_run_is_resumed(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Batch 5 is bad: it comes right after the checkpoint of step 5."""
-    plain = FullSoftmax.nll
+    plain = OutputSoftmax.nll
     calls = iter([False] * 5 + [True] + [False] * 2 + [True] + [False] * 100)  # the run dies after batch 7
 
-    def nll(softmax: FullSoftmax, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def nll(softmax: OutputSoftmax, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         value = plain(softmax, hidden, target)
         return value * float("nan") if softmax.training and next(calls) else value
 
-    monkeypatch.setattr(FullSoftmax, "nll", nll)
+    monkeypatch.setattr(OutputSoftmax, "nll", nll)
     with monkeypatch.context() as patch:
         patch.setattr("sparsegate.training.loop.Run.save_is_due", die_at(step=7))
         with pytest.raises(ZeroDivisionError):

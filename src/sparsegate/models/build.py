@@ -42,6 +42,7 @@ def build(
         width=config.width,
         layers=layers,
         dropout=config.dropout,
+        softmax_samples=config.softmax_samples,
         device=device,
         dtype=dtype,
     )

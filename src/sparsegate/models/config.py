@@ -20,11 +20,22 @@ class _Common:
         metadata={"doc": "biases in the LSTMs; the paper's parameter counts leave no room for them"},
     )
     dropout: float = field(metadata={"doc": "share of each layer's outputs that is dropped in training"})
+    softmax_samples: int = field(
+        default=0,
+        metadata={
+            "doc": "words that a step of training tells targets from (sampled softmax, for large "
+            "vocabularies, frequent words first; the training loss is then no likelihood); 0: all words"
+        },
+    )
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "width", "lstm_units"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name.replace('_', '-')} ({getattr(self, name)}) must be at least 1")
+        if self.softmax_samples < 0:
+            raise ValueError(
+                f"model.softmax-samples ({self.softmax_samples}) must be at least 1, or 0 for all words"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout ({self.dropout}) must be at least 0 and below 1")
         if not 0 <= self.lstm_projection < self.lstm_units:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..moe.routing import BalanceSums, Routing
 from .layers import Layer, LSTMState
-from .softmax import FullSoftmax
+from .softmax import OutputSoftmax
 
 State = dict[str, LSTMState]
 
@@ -33,6 +33,7 @@ class LanguageModel(nn.Module):
     (appendix C.1). The embedding and the softmax are separate tables.
 
     layers: by name, in order; the names stand in checkpoints and key the states and routings.
+    softmax_samples: words that a step of training tells targets from; 0: all.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class LanguageModel(nn.Module):
         width: int,
         layers: Mapping[str, Layer],
         dropout: float,
+        softmax_samples: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -50,7 +52,9 @@ class LanguageModel(nn.Module):
         nn.init.normal_(self.embedding.weight, std=EMBEDDING_STD)
         self.layers = nn.ModuleDict(layers)
         self.dropout = nn.Dropout(dropout)
-        self.softmax = FullSoftmax(vocab_size=vocab_size, width=width, device=device, dtype=dtype)
+        self.softmax = OutputSoftmax(
+            vocab_size=vocab_size, width=width, num_samples=softmax_samples, device=device, dtype=dtype
+        )
 
     def forward(
         self,
