@@ -80,7 +80,7 @@ def test_every_gate_compiles_to_one_graph(name):
         assert_close(ours[1].sums.num_tokens, theirs[1].sums.num_tokens, dtype=torch.float32)
         if name not in DRAWS_ITS_OWN:
             assert_close(ours[0], theirs[0])
-        # The graph of the first call does for any number; none and one are sizes of their own to the compiler.
+        # The graph of the first call does for any number; none and one are sizes of their own.
         graphs = graphs or counter.frame_count
         assert counter.frame_count == graphs or num_tokens < 2
 
