@@ -24,7 +24,10 @@ def batchwise(value_TE: Tensor, segment_T: Tensor, *, num_segments: int, k: int)
 
 
 def tokens_per_expert(num_tokens: int, *, k: int, num_experts: int) -> int:
-    """m = k T / E rounded to the nearest number, at least 1 and at most T: the paper leaves rounding open."""
+    """m = k T / E rounded to the nearest number, at least 1 and at most T: the paper leaves rounding open.
+
+    With fewer than E / k tokens every expert still takes one, and a token has more than k experts.
+    """
     return smaller(num_tokens, cast(int, torch.sym_max(1, _share(num_tokens, k, num_experts))))
 
 
