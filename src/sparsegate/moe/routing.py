@@ -107,20 +107,28 @@ class Routing:
         row; `num_experts` for none. weight_TK: their weights, 0 for none. mask_T: bool, true for real tokens.
         load_E: the smooth load where the gate has one, else the hard counts stand in for it.
         """
-        num_experts = logit_TE.shape[1]
+        num_experts, (num_tokens, pairs_per_token) = logit_TE.shape[1], expert_TK.shape
         if mask_T is not None:
             expert_TK = expert_TK.masked_fill(~mask_T[:, None], num_experts)
             weight_TK = weight_TK.masked_fill(~mask_T[:, None], 0.0)
-        sums = flat_sums(
-            logit_TE=logit_TE,
-            token_N=tokens_of_rows(expert_TK),
-            expert_N=expert_TK.flatten(),
-            weight_N=weight_TK.flatten(),
-            mask_T=mask_T,
-            load_E=load_E,
-            threshold=logit_TE.new_zeros(()),
+        token_N, expert_N, weight_N = tokens_of_rows(expert_TK), expert_TK.flatten(), weight_TK.flatten()
+        return Routing(
+            token_N=token_N,
+            expert_N=expert_N,
+            weight_N=weight_N,
+            pairs_T=expert_TK.new_full((num_tokens,), pairs_per_token),
+            sums=flat_sums(
+                logit_TE=logit_TE,
+                token_N=token_N,
+                expert_N=expert_N,
+                weight_N=weight_N,
+                mask_T=mask_T,
+                load_E=load_E,
+                threshold=logit_TE.new_zeros(()),
+            ),
+            num_experts=num_experts,
+            pairs_per_token=pairs_per_token,
         )
-        return Routing.of_rows(expert_TK=expert_TK, weight_TK=weight_TK, num_experts=num_experts, sums=sums)
 
     @staticmethod
     def of_batch_choice(
@@ -156,20 +164,6 @@ class Routing:
             ),
             num_experts=num_experts,
             pairs_per_token=None,
-        )
-
-    @staticmethod
-    def of_rows(*, expert_TK: Tensor, weight_TK: Tensor, num_experts: int, sums: BalanceSums) -> "Routing":
-        """The routing whose pairs stand in the rows of two tensors, one row for each token."""
-        num_tokens, pairs_per_token = expert_TK.shape
-        return Routing(
-            token_N=tokens_of_rows(expert_TK),
-            expert_N=expert_TK.flatten(),
-            weight_N=weight_TK.flatten(),
-            pairs_T=expert_TK.new_full((num_tokens,), pairs_per_token),
-            sums=sums,
-            num_experts=num_experts,
-            pairs_per_token=pairs_per_token,
         )
 
 

@@ -103,12 +103,12 @@ def test_weights_of_a_token_that_has_experts_sum_to_one_if_normalized(name, trai
 
 @in_both_modes
 def test_the_sums_are_sums_over_the_pairs_in_use(name, training):
-    if name in DROPS:
-        pytest.skip("these sums tell what was asked for: test_capacity.py")
     gate, x_TD, noise = routed(name, training=training)
     routing = gate(x_TD, MASK_T, noise)
+    # Under a capacity the sums tell what was asked for.
+    asked = gate.gate(x_TD, MASK_T, noise) if name in DROPS else routing
     importance, count = [0.0] * (NUM_EXPERTS + 1), [0] * (NUM_EXPERTS + 1)
-    for expert, weight in zip(routing.expert_N.tolist(), routing.weight_N.tolist(), strict=True):
+    for expert, weight in zip(asked.expert_N.tolist(), asked.weight_N.tolist(), strict=True):
         importance[expert] += weight
         count[expert] += 1
     assert_close(routing.sums.importance_E, torch.tensor(importance[:-1], dtype=torch.float64))
@@ -120,9 +120,9 @@ def test_the_sums_are_sums_over_the_pairs_in_use(name, training):
 
 
 @in_both_modes
-def test_padding_leaves_no_trace_even_if_it_is_nan(name, training):
-    if training and name in DRAWS_ITS_OWN:
-        pytest.skip("padding shifts which draw goes to whom")
+def test_padding_leaves_no_trace_even_if_it_is_nan(name, training, monkeypatch):
+    if name in DRAWS_ITS_OWN:  # padding shifts which draw goes to whom
+        monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
     gate, x_TD, noise = routed(name, training=training)
     x_nan_TD = x_TD.detach().masked_fill(~MASK_T[:, None], torch.nan).requires_grad_()
     padded = gate(x_nan_TD, MASK_T, noise)
@@ -229,13 +229,12 @@ def test_multiply_adds_count_every_weight_that_a_token_meets_once(name):
     assert gate.ops_per_token() == sum(p.numel() for p in weights) - NOT_MET.get(name, 0)
 
 
-def test_a_step_changes_nothing_in_a_gate_without_a_balancing_state(name):
-    if name == "sigmoid":
-        pytest.skip("it has one: test_sigmoid_topk.py")
+def test_a_step_changes_nothing_but_the_bias_of_a_gate_that_has_one(name):
     gate, x_TD, noise = routed(name, training=True)
     before = {key: value.clone() for key, value in gate.state_dict().items()}
     gate.after_step(gate(x_TD, None, noise).sums)
-    assert all(torch.equal(value, before[key]) for key, value in gate.state_dict().items())
+    changed = {key for key, value in gate.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed == ({"bias"} if name == "sigmoid" else set())
 
 
 def test_the_weights_of_meta_gates_have_shapes_alone(name):

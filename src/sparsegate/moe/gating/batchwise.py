@@ -1,11 +1,13 @@
 """Selection over a batch: each expert takes the tokens that suit it best (eq. 18 of the paper)."""
 
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from ..routing import count
+
+Count = TypeVar("Count", int, Tensor)
 
 
 def batchwise(value_TE: Tensor, segment_T: Tensor, *, num_segments: int, k: int) -> Tensor:
@@ -79,5 +81,5 @@ def require_scope(scope: int | None) -> None:
         raise ValueError(f"scope ({scope}) must be at least 1 token, or None for all tokens of a call")
 
 
-def _share(num_tokens, k: int, num_experts: int):  # noqa: ANN001, ANN202 - an int or a tensor of ints
+def _share(num_tokens: Count, k: int, num_experts: int) -> Count:
     return (2 * k * num_tokens + num_experts) // (2 * num_experts)
