@@ -1,10 +1,11 @@
 """The poison works: a layer that reads what it has not written is found out."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from sparsegate.moe.experts import feed_forward
-from sparsegate.moe.kernels import reference
+from sparsegate.moe.kernels import choice, reference, unfused
 from tests.helpers.moe_cases import a_batch, a_moe
 from tests.moe.test_layer import (
     test_padding_leaves_no_trace_even_if_it_is_nan as padding_leaves_no_trace,
@@ -26,7 +27,9 @@ def forgets_the_unused_rows(rows_ND, weight_EDH, end_E):
 
 
 def test_a_product_that_leaves_rows_unwritten_is_caught(monkeypatch):
-    monkeypatch.setattr(feed_forward, "grouped_product", forgets_the_unused_rows)
+    faulty = partial(unfused.feed_forward, product=forgets_the_unused_rows)
+    kernel = choice.KERNELS["threaded"]._replace(load=lambda: faulty)
+    monkeypatch.setitem(choice.KERNELS, "threaded", kernel)
     moe, batch = a_moe(), a_batch(7)
     assert moe(batch.x_TD)[0].isfinite().all()  # all rows are used: nothing to see yet
     with pytest.raises(AssertionError):

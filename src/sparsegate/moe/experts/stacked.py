@@ -1,0 +1,77 @@
+"""Feed-forward experts whose weights stand in two stacked tensors."""
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from ..dispatch import plan_rows
+from ..kernels.activations import ACTIVATIONS, ActivationName
+from ..kernels.choice import Setting, feed_forward_kernel
+from ..precision import product_dtype
+from ..routing import Routing
+from .experts import Experts
+
+
+class StackedExperts(Experts):
+    """E experts act(x W_in) W_out, without biases (section 5.1: the parameter counts have no room for them).
+
+    Parameters: w_in [E, width, S], w_out [E, hidden, width]; S is hidden times what the activation takes.
+
+    width: of input and output. recompute: keep no hidden layer for backward but compute it again, for one
+    product in six more and T * K * S values less (appendix D). kernel: one of `kernels/choice.py`; None: the
+    first that suits the input. ValueError at the first input where the one named does not.
+    """
+
+    activation: ActivationName
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        hidden: int,
+        num_experts: int,
+        recompute: bool = False,
+        kernel: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if min(width, hidden, num_experts) < 1:
+            raise ValueError(f"width ({width}), hidden ({hidden}), num_experts ({num_experts}) must be >= 1")
+        inputs = ACTIVATIONS[self.activation].inputs * hidden
+        self.num_experts = num_experts
+        self.recompute = recompute
+        self.kernel = kernel
+        self.w_in = nn.Parameter(torch.empty(num_experts, width, inputs, device=device, dtype=dtype))
+        self.w_out = nn.Parameter(torch.empty(num_experts, hidden, width, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Draw new weights."""
+
+    def extra_repr(self) -> str:
+        num_experts, hidden, width = self.w_out.shape
+        return f"width={width}, hidden={hidden}, num_experts={num_experts}"
+
+    def ops_per_pair(self) -> int:
+        return self.w_in[0].numel() + self.w_out[0].numel()
+
+    def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        setting = Setting(
+            device=x_TD.device.type,
+            dtype=product_dtype(x_TD, self.w_in, self.w_out),
+            num_experts=self.num_experts,
+            width=self.w_out.shape[2],
+            hidden=self.w_out.shape[1],
+        )
+        return feed_forward_kernel(self.kernel, setting)(
+            x_TD,
+            self.w_in,
+            self.w_out,
+            routing.weight_N,
+            plan_rows(routing),
+            activation=self.activation,
+            recompute=self.recompute,
+        )

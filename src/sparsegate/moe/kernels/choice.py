@@ -1,0 +1,122 @@
+"""Which kernel computes stacked experts: one table, in the order of preference."""
+
+import logging
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..dispatch import Plan
+from . import threaded, unfused
+from .activations import ActivationName
+from .grouped import grouped_product
+from .grouped_mm import grouped_mm_product
+
+_LOG = logging.getLogger(__name__)
+
+
+class FeedForwardKernel(Protocol):
+    """The function that every kernel is; `unfused.feed_forward` tells its arguments."""
+
+    def __call__(
+        self,
+        x_TD: Tensor,
+        w_in_EDS: Tensor,
+        w_out_EHD: Tensor,
+        weight_N: Tensor,
+        plan: Plan,
+        *,
+        activation: ActivationName,
+        recompute: bool,
+    ) -> Tensor: ...
+
+
+class Setting(NamedTuple):
+    """What a kernel must suit. device: its type. dtype: of the products."""
+
+    device: str
+    dtype: torch.dtype
+    num_experts: int
+    width: int
+    hidden: int
+
+
+class Kernel(NamedTuple):
+    """One way to compute experts. unsuited: why it cannot be used in a setting, None where it can."""
+
+    name: str
+    what: str
+    unsuited: Callable[[Setting], str | None]
+    load: Callable[[], FeedForwardKernel]
+
+
+def feed_forward_kernel(name: str | None, setting: Setting) -> FeedForwardKernel:
+    """The kernel of that name; None: the first of the table that suits. It is logged once.
+
+    ValueError: a name that is not in the table, or a kernel that does not suit, with one that does.
+    """
+    return KERNELS[_chosen(name, *setting)].load()
+
+
+@torch.compiler.assume_constant_result
+def _chosen(name: str | None, *setting: Any) -> str:
+    """For a compiler a constant, which does not look into it: that is why it takes plain values."""
+    return _choose(name, Setting(*setting))
+
+
+@cache
+def _choose(name: str | None, setting: Setting) -> str:
+    reasons = {kernel.name: kernel.unsuited(setting) for kernel in KERNELS.values()}
+    first = next(kernel for kernel, reason in reasons.items() if reason is None)
+    if name is None:
+        passed_over = "; ".join(f"{kernel}: {reason}" for kernel, reason in reasons.items() if reason)
+        _LOG.info("experts on %s in %s: kernel %s (%s)", setting.device, setting.dtype, first, passed_over)
+        return first
+    if name not in reasons:
+        raise ValueError(f"kernel ({name!r}) must be one of {', '.join(reasons)}")
+    if reasons[name] is not None:
+        raise ValueError(f"kernel ({name!r}) {reasons[name]}: {first!r} can be used")
+    return name
+
+
+def _threaded_unsuited(setting: Setting) -> str | None:
+    return None if setting.device == "cpu" else f"is for the CPU, not for {setting.device}"
+
+
+def _grouped_mm_unsuited(setting: Setting) -> str | None:
+    if setting.device != "cuda":
+        return f"is for CUDA devices, not for {setting.device}"
+    if setting.dtype != torch.bfloat16:
+        return f"computes in bfloat16, not in {setting.dtype}"
+    if setting.num_experts >= 1024:
+        return f"takes fewer than 1,024 experts, not {setting.num_experts:,}"
+    if setting.width % 8 or setting.hidden % 8:
+        return f"needs widths that 8 divides, not {setting.width} and {setting.hidden}"
+    return None
+
+
+KERNELS: dict[str, Kernel] = {
+    kernel.name: kernel
+    for kernel in (
+        Kernel(
+            name="threaded",
+            what="fused, expert by expert, several at once",
+            unsuited=_threaded_unsuited,
+            load=lambda: threaded.feed_forward,
+        ),
+        Kernel(
+            name="grouped_mm",
+            what="torch's grouped product between dispatch and combine",
+            unsuited=_grouped_mm_unsuited,
+            load=lambda: partial(unfused.feed_forward, product=grouped_mm_product),
+        ),
+        Kernel(
+            name="loop",
+            what="one product per expert between dispatch and combine; any device, derivatives of any order",
+            unsuited=lambda setting: None,
+            load=lambda: partial(unfused.feed_forward, product=grouped_product),
+        ),
+    )
+}

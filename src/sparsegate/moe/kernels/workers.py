@@ -1,0 +1,61 @@
+"""Independent tasks on the CPU, one thread each.
+
+A product of few rows leaves several threads little to share; several products at once leave each of them
+much to do. torch computes outside Python's lock, so Python's own threads serve.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from threading import Barrier
+
+import torch
+
+
+def in_parallel(function: Callable[[int], object], tasks: Iterable[int]) -> None:
+    """Call the function for every task, in as many threads as torch uses, the first tasks first.
+
+    Each call computes with one thread, without autograd and in the caller's inference mode. The first
+    exception is raised when all threads have stopped.
+    """
+    num_threads, queue = torch.get_num_threads(), deque(tasks)
+    if num_threads == 1 or len(queue) < 2:
+        _drain(function, queue, torch.is_inference_mode_enabled())
+        return
+    executor = _executor(num_threads)
+    running: list[Future[None]] = [
+        executor.submit(_drain, function, queue, torch.is_inference_mode_enabled())
+        for _ in range(min(num_threads, len(queue)))
+    ]
+    errors = [future.exception() for future in running]
+    for error in filter(None, errors):
+        raise error
+
+
+def _drain(function: Callable[[int], object], queue: deque[int], inference: bool) -> None:
+    with torch.inference_mode(inference), torch.no_grad():
+        while True:
+            try:
+                task = queue.popleft()
+            except IndexError:
+                return
+            function(task)
+
+
+@cache
+def _executor(num_threads: int) -> ThreadPoolExecutor:
+    executor = ThreadPoolExecutor(num_threads, thread_name_prefix="sparsegate", initializer=_use_one_thread)
+    started = Barrier(num_threads)
+    for future in [executor.submit(started.wait) for _ in range(num_threads)]:
+        future.result()
+    # A thread's number of threads is its own, but the last one set is what new threads begin with.
+    torch.set_num_threads(num_threads)
+    os.register_at_fork(after_in_child=_executor.cache_clear)  # a forked child has none of the threads
+    return executor
+
+
+def _use_one_thread() -> None:
+    torch.set_num_threads(1)
+    torch.get_num_threads()  # without it the thread would look the number up again later
