@@ -1,0 +1,69 @@
+"""What the products share: where a tile lies, and the loop over the inner dimension.
+
+Kernels are persistent: as many programs as the device runs at once walk over the tiles in order. Tiles that
+are next to each other share operands, so that what one program reads from memory the others find in cache.
+Sizes that belong to a layer are constants of the kernel, numbers of tokens never.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def locate(
+    tile, expert_of_tile_ptr, first_tile_ptr, first_row_ptr, num_columns, ROWS: tl.constexpr
+):
+    """Expert, first row, end of the expert's rows and column of a tile; `num_columns`: tiles side by side.
+
+    All tiles of an expert are adjacent, so that its weights are read from memory once.
+    """
+    expert = tl.load(expert_of_tile_ptr + tile // num_columns)
+    first_tile = tl.load(first_tile_ptr + expert)
+    num_tiles = tl.load(first_tile_ptr + expert + 1) - first_tile
+    first_row = tl.load(first_row_ptr + expert)
+    end_row = tl.load(first_row_ptr + expert + 1)
+    row, column = in_groups(tile - first_tile * num_columns, num_tiles, num_columns)
+    return expert.to(tl.int64), first_row + row * ROWS, end_row, column
+
+
+@triton.jit
+def in_groups(tile, num_rows, num_columns, GROUP: tl.constexpr = 8):
+    """Row and column of a tile of a matrix.
+
+    GROUP rows of tiles at a time go through the columns together, so that the tiles that run at the same time
+    read few rows and few columns, though the matrix be larger than the cache.
+    """
+    group = tile // (GROUP * num_columns) * GROUP
+    height = tl.minimum(num_rows - group, GROUP)
+    within = tile - group * num_columns
+    return group + within % height, within // height
+
+
+@triton.jit
+def product(
+    left_ptr,
+    left_stride,
+    weight_ptr,
+    weight_stride,
+    is_column,
+    DEPTH: tl.constexpr,
+    INNER: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of rows times an expert's matrix, accumulated in float32.
+
+    left_ptr [rows], weight_ptr [columns]: where each row and each column begins; the strides lead along the
+    inner dimension, which is DEPTH long. is_column [columns]: false past the matrix's edge.
+    """
+    acc = tl.zeros((left_ptr.shape[0], weight_ptr.shape[0]), dtype=tl.float32)
+    for start in range(0, DEPTH, INNER):
+        inner = start + tl.arange(0, INNER)
+        is_inner = (inner < DEPTH) | (DEPTH % INNER == 0)
+        left = tl.load(left_ptr[:, None] + inner[None, :] * left_stride, mask=is_inner[None, :], other=0.0)
+        weight = tl.load(
+            weight_ptr[None, :] + inner[:, None] * weight_stride,
+            mask=is_inner[:, None] & is_column[None, :],
+            other=0.0,
+        )
+        acc = tl.dot(left, weight, acc, input_precision=PRECISION)
+    return acc
