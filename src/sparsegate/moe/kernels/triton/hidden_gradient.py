@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .launch import Shape, launch, shapes
 from .schedule import Schedule, most_tiles, rows_of_a_tile
-from .tiles import locate, product
+from .tiles import locate, product, quarters
 
 
 def hidden_gradient(
@@ -117,24 +117,57 @@ def _hidden_gradient_kernel(
             PRECISION,
         )
         pair = tl.load(order_ptr + read_rows)
-        gate_weight = tl.load(gate_weight_ptr + pair)[:, None]
-        place = rows.to(tl.int64)[:, None]
-        is_place = is_row[:, None] & is_column[None, :]
-        hidden_place = place * HIDDEN + columns[None, :]
-        if GATED:
-            pre_place = place * (2 * HIDDEN) + columns[None, :]
-            gate = tl.load(kept_ptr + pre_place, mask=is_place, other=0.0).to(tl.float32)
-            up = tl.load(kept_ptr + pre_place + HIDDEN, mask=is_place, other=0.0).to(tl.float32)
-            sigmoid = tl.sigmoid(gate)
-            hidden = gate * sigmoid * up
-            grad_pre = gate_weight * grad_hidden
-            grad_gate = grad_pre * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-            tl.store(grad_pre_ptr + pre_place, grad_gate, mask=is_place)
-            tl.store(grad_pre_ptr + pre_place + HIDDEN, grad_pre * gate * sigmoid, mask=is_place)
-        else:
-            hidden = tl.load(kept_ptr + hidden_place, mask=is_place, other=0.0).to(tl.float32)
-            grad_pre = tl.where(hidden <= 0.0, 0.0, gate_weight * grad_hidden)
-            tl.store(grad_pre_ptr + hidden_place, grad_pre, mask=is_place)
-        tl.store(weighted_ptr + hidden_place, gate_weight * hidden, mask=is_place)
-        partial = tl.sum(grad_hidden * hidden, axis=1)
+        gate_weight = tl.load(gate_weight_ptr + pair)
+        partial = tl.zeros((ROWS,), dtype=tl.float32)
+        # In parts, because a whole tile of each operand is more than the registers hold.
+        parts = quarters(grad_hidden)
+        for nth in tl.static_range(4):
+            partial += _store_gradients(
+                parts[nth],
+                gate_weight,
+                kept_ptr,
+                grad_pre_ptr,
+                weighted_ptr,
+                rows,
+                is_row,
+                column_tile * COLUMNS + nth * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4),
+                HIDDEN,
+                GATED,
+            )
         tl.store(partial_ptr + pair * most_columns + column_tile, partial, mask=is_row)
+
+
+@triton.jit
+def _store_gradients(
+    grad_hidden,
+    gate_weight,
+    kept_ptr,
+    grad_pre_ptr,
+    weighted_ptr,
+    rows,
+    is_row,
+    columns,
+    HIDDEN: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """Store what follows from the gradient of some hidden columns; returns its products with the hidden rows."""
+    gate_weight = gate_weight[:, None]
+    place = rows.to(tl.int64)[:, None]
+    is_place = is_row[:, None] & (columns < HIDDEN)[None, :]
+    hidden_place = place * HIDDEN + columns[None, :]
+    if GATED:
+        pre_place = place * (2 * HIDDEN) + columns[None, :]
+        gate = tl.load(kept_ptr + pre_place, mask=is_place, other=0.0).to(tl.float32)
+        up = tl.load(kept_ptr + pre_place + HIDDEN, mask=is_place, other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(gate)
+        hidden = gate * sigmoid * up
+        grad_pre = gate_weight * grad_hidden
+        grad_gate = grad_pre * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+        tl.store(grad_pre_ptr + pre_place, grad_gate, mask=is_place)
+        tl.store(grad_pre_ptr + pre_place + HIDDEN, grad_pre * gate * sigmoid, mask=is_place)
+    else:
+        hidden = tl.load(kept_ptr + hidden_place, mask=is_place, other=0.0).to(tl.float32)
+        grad_pre = tl.where(hidden <= 0.0, 0.0, gate_weight * grad_hidden)
+        tl.store(grad_pre_ptr + hidden_place, grad_pre, mask=is_place)
+    tl.store(weighted_ptr + hidden_place, gate_weight * hidden, mask=is_place)
+    return tl.sum(grad_hidden * hidden, axis=1)

@@ -8,6 +8,8 @@ Sizes that belong to a layer are constants of the kernel, numbers of tokens neve
 import triton
 import triton.language as tl
 
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 
 @triton.jit
 def locate(
@@ -65,5 +67,27 @@ def product(
             mask=is_inner[:, None] & is_column[None, :],
             other=0.0,
         )
-        acc = tl.dot(left, weight, acc, input_precision=PRECISION)
+        acc = multiply_add(left, weight, acc, PRECISION)
     return acc
+
+
+@triton.jit
+def multiply_add(left, right, acc, PRECISION: tl.constexpr):
+    """acc + left @ right on the tensor cores, in float32."""
+    if _INTERPRETED:
+        # The interpreter would multiply the bits of bfloat16 as integers; in float32 the products are exact.
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def quarters(tile):
+    """Four tiles side by side that make up the given one."""
+    left, right = _halves(tile)
+    return _halves(left) + _halves(right)
+
+
+@triton.jit
+def _halves(tile):
+    HALF: tl.constexpr = tile.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, HALF)), (0, 2, 1)))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .launch import Shape, launch, shapes
 from .schedule import Schedule, most_tiles, rows_of_a_tile
-from .tiles import locate, product
+from .tiles import locate, multiply_add, product
 
 
 def hidden_rows(
@@ -141,6 +141,6 @@ def _paired_products(
         is_weight = is_inner[:, None] & is_column[None, :]
         gate = tl.load(gate_ptr[None, :] + offset, mask=is_weight, other=0.0)
         up = tl.load(up_ptr[None, :] + offset, mask=is_weight, other=0.0)
-        gate_acc = tl.dot(left, gate, gate_acc, input_precision=PRECISION)
-        up_acc = tl.dot(left, up, up_acc, input_precision=PRECISION)
+        gate_acc = multiply_add(left, gate, gate_acc, PRECISION)
+        up_acc = multiply_add(left, up, up_acc, PRECISION)
     return gate_acc, up_acc

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Shape, launch, shapes
-from .tiles import in_groups
+from .tiles import in_groups, multiply_add
 
 
 def weight_gradient(
@@ -74,12 +74,16 @@ def _weight_gradient_kernel(
         right_columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)
         is_left = (left_columns < LEFT) | (LEFT % ROWS == 0)
         is_right = (right_columns < RIGHT) | (RIGHT % COLUMNS == 0)
+        first_row = tl.load(first_row_ptr + expert)
         end_row = tl.load(first_row_ptr + expert + 1)
         acc = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-        for start in range(tl.load(first_row_ptr + expert), end_row, INNER):
-            rows = start + tl.arange(0, INNER)
-            is_row = rows < end_row
-            tokens = tl.load(token_ptr + rows, mask=is_row, other=0)
+        # One step ahead by hand: loads that wait for a load of their own step are not pipelined well.
+        next_rows = first_row + tl.arange(0, INNER)
+        next_tokens = tl.load(token_ptr + next_rows, mask=next_rows < end_row, other=0)
+        for _ in range(first_row, end_row, INNER):
+            rows, tokens, is_row = next_rows, next_tokens, next_rows < end_row
+            next_rows += INNER
+            next_tokens = tl.load(token_ptr + next_rows, mask=next_rows < end_row, other=0)
             left_rows = tokens if GATHER_LEFT else rows.to(tl.int64)
             right_rows = rows.to(tl.int64) if GATHER_LEFT else tokens
             left = tl.load(
@@ -92,6 +96,6 @@ def _weight_gradient_kernel(
                 mask=is_row[:, None] & is_right[None, :],
                 other=0.0,
             )
-            acc = tl.dot(left, right, acc, input_precision=PRECISION)
+            acc = multiply_add(left, right, acc, PRECISION)
         place = (expert.to(tl.int64) * LEFT + left_columns[:, None]) * RIGHT + right_columns[None, :]
         tl.store(out_ptr + place, acc, mask=is_left[:, None] & is_right[None, :])
