@@ -11,12 +11,15 @@ from triton.runtime.errors import OutOfResources
 
 _log = logging.getLogger(__name__)
 
+_REGISTERS = 65_536  # of a multiprocessor, from Volta to Hopper
+
 
 class Shape(NamedTuple):
     """A way to compute tiles of `rows` x `columns`, `inner` at a time.
 
-    warps, stages: of a program, and of its pipeline of loads. programs: how many share a multiprocessor, by
-    their registers and shared memory: of two, one multiplies while the other stores.
+    warps, stages: of a program, and of its pipeline of loads. programs: how many share a multiprocessor, so
+    that one multiplies while another stores; `registers` keeps them small enough, their number must be exact,
+    or the tiles that run together would not be neighbours.
     """
 
     rows: int
@@ -26,25 +29,31 @@ class Shape(NamedTuple):
     stages: int
     programs: int
 
+    @property
+    def registers(self) -> int:
+        """Of a thread, at most: 65,536 for all programs, handed out by eights, 255 to each."""
+        return min(_REGISTERS // (32 * self.warps * self.programs) // 8 * 8, 255)
+
 
 # Hopper multiplies 64 rows by up to 256 columns at a time: 128 x 256 reads the fewest bytes per product, and
 # 128 x 128 leaves room for a second program. Low tiles wait for weights: for them loads in flight count.
 _HALF_PRECISION = (
     Shape(128, 256, 64, warps=8, stages=3, programs=1),
+    Shape(128, 256, 64, warps=8, stages=4, programs=1),
     Shape(128, 128, 64, warps=8, stages=3, programs=2),
-    Shape(128, 128, 64, warps=4, stages=3, programs=2),
     Shape(128, 128, 32, warps=4, stages=4, programs=2),
-    Shape(64, 256, 64, warps=4, stages=4, programs=1),
     Shape(64, 128, 64, warps=4, stages=4, programs=2),
-    Shape(64, 128, 32, warps=4, stages=4, programs=3),
+    Shape(64, 128, 64, warps=4, stages=3, programs=3),
+    Shape(64, 256, 32, warps=4, stages=4, programs=2),
     Shape(32, 128, 64, warps=4, stages=4, programs=2),
+    Shape(32, 256, 32, warps=4, stages=4, programs=3),
     Shape(32, 64, 64, warps=4, stages=4, programs=4),
-    Shape(16, 128, 64, warps=4, stages=4, programs=2),
-    Shape(16, 64, 128, warps=4, stages=3, programs=3),
-    Shape(16, 64, 64, warps=4, stages=4, programs=4),
+    Shape(16, 128, 64, warps=4, stages=4, programs=3),
+    Shape(16, 256, 32, warps=4, stages=4, programs=3),
+    Shape(16, 64, 64, warps=4, stages=5, programs=4),
 )
 _SINGLE_PRECISION = (
-    Shape(128, 64, 32, warps=8, stages=2, programs=2),
+    Shape(128, 64, 32, warps=8, stages=3, programs=2),
     Shape(64, 64, 32, warps=4, stages=3, programs=3),
     Shape(32, 64, 32, warps=4, stages=3, programs=4),
     Shape(16, 64, 32, warps=4, stages=3, programs=4),
@@ -88,6 +97,7 @@ def launch(
             INNER=shape.inner,
             num_warps=shape.warps,
             num_stages=shape.stages,
+            maxnreg=shape.registers,
         )
 
     if len(candidates) == 1 or torch.cuda.is_current_stream_capturing():
