@@ -12,9 +12,7 @@ _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def locate(
-    tile, expert_of_tile_ptr, first_tile_ptr, first_row_ptr, num_columns, ROWS: tl.constexpr
-):
+def locate(tile, expert_of_tile_ptr, first_tile_ptr, first_row_ptr, num_columns, ROWS: tl.constexpr):
     """Expert, first row, end of the expert's rows and column of a tile; `num_columns`: tiles side by side.
 
     All tiles of an expert are adjacent, so that its weights are read from memory once.

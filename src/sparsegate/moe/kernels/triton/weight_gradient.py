@@ -1,4 +1,4 @@
-"""The gradient of stacked weights: for each expert the product of its rows on the left with those on the right."""
+"""The gradient of stacked weights: of each expert its rows on the left, transposed, times those on the right."""
 
 import triton
 import triton.language as tl
@@ -21,7 +21,9 @@ def weight_gradient(
     launch(
         _weight_gradient_kernel,
         _candidates(left, token_N.shape[0] / num_experts),
-        lambda shape: num_experts * triton.cdiv(out.shape[1], shape.rows) * triton.cdiv(out.shape[2], shape.columns),
+        lambda shape: (
+            num_experts * triton.cdiv(out.shape[1], shape.rows) * triton.cdiv(out.shape[2], shape.columns)
+        ),
         left,
         right,
         out,
