@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -187,6 +188,25 @@ def test_the_operator_keeps_what_it_registers(keep):
             torch.float32,
         ),
     )
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+def test_it_compiles_to_one_graph_for_any_number_of_tokens():
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(feed_forward, fullgraph=True, dynamic=True, backend=counter)
+    for num_tokens in (23, 31, 40):
+        routing = a_routing(num_tokens, 4, 2)
+        plan, given = plan_rows(routing), operands(routing, "swiglu", width=6, hidden=5)
+        ours, theirs = compiled(*given, plan, "swiglu"), feed_forward(*given, plan, "swiglu")
+        assert_close(ours, theirs)
+        for a, b in zip(
+            torch.autograd.grad(ours.square().sum(), given),
+            torch.autograd.grad(theirs.square().sum(), given),
+            strict=True,
+        ):
+            assert_close(a, b)
+    assert counter.frame_count == 1
 
 
 def test_autocast_computes_in_its_dtype_and_returns_that_of_x():

@@ -70,14 +70,15 @@ def _check(x_TD: Tensor, w_in_EDS: Tensor, w_out_EHD: Tensor, activation: str) -
     if len(dtypes) > 1 or not dtypes <= set(_DTYPES):
         found = ", ".join(sorted(map(str, dtypes)))
         raise ValueError(
-            f"dtype: the kernel 'triton' takes one of float32, bfloat16, float16 for x, w_in and w_out alike, not"
+            f"dtype: the kernel 'triton' takes x, w_in and w_out in one of float32, bfloat16, float16, not"
             f" {found}; the kernel 'grouped' takes float64 as well"
         )
-    columns = w_out_EHD.shape[1] * (2 if activation == "swiglu" else 1)
-    if w_in_EDS.shape[1:] != (x_TD.shape[1], columns) or w_out_EHD.shape[2] != x_TD.shape[1]:
+    width, hidden = x_TD.shape[1], w_out_EHD.shape[1]
+    columns = hidden * (2 if activation == "swiglu" else 1)
+    if w_in_EDS.shape[1:] != (width, columns) or w_out_EHD.shape[2] != width:
         raise ValueError(
             f"w_in {tuple(w_in_EDS.shape)}, w_out {tuple(w_out_EHD.shape)}: {activation} experts of width"
-            f" {x_TD.shape[1]} are [E, {x_TD.shape[1]}, {columns}] and [E, {w_out_EHD.shape[1]}, {x_TD.shape[1]}]"
+            f" {width} have [E, {width}, {columns}] and [E, {hidden}, {width}]"
         )
 
 

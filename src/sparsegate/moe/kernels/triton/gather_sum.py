@@ -1,4 +1,4 @@
-"""The sum of each token's rows: the combine of the forward pass, and the transpose of the gather in backward."""
+"""The sum of each token's rows: the combine of the forward pass, and in backward the gather's transpose."""
 
 import torch
 import triton

@@ -1,4 +1,4 @@
-"""The gradient at the hidden layer: y's gradient is gathered while it is loaded, the rest is done while storing."""
+"""The gradient at the hidden layer: y's gradient is gathered on load, the rest happens while storing."""
 
 import torch
 import triton
@@ -150,7 +150,7 @@ def _store_gradients(
     HIDDEN: tl.constexpr,
     GATED: tl.constexpr,
 ):
-    """Store what follows from the gradient of some hidden columns; returns its products with the hidden rows."""
+    """Store what follows from the gradient of some columns; returns its products with the hidden rows."""
     gate_weight = gate_weight[:, None]
     place = rows.to(tl.int64)[:, None]
     is_place = is_row[:, None] & (columns < HIDDEN)[None, :]

@@ -79,7 +79,7 @@ def shapes(dtype: torch.dtype, rows: int) -> list[Shape]:
 def launch(
     kernel: Any, candidates: list[Shape], num_tiles: Callable[[Shape], int], *args: Any, **constants: Any
 ) -> None:
-    """Run a kernel with the candidate that is fastest for these constants and dtypes, measured the first time.
+    """Run a kernel with the candidate that is fastest for these constants and dtypes, measured at first.
 
     num_tiles: of all tiles, at most. While a CUDA graph is captured nothing can be measured: what was not
     measured before runs with the first candidate.

@@ -1,4 +1,4 @@
-"""Rows in expert order times their expert's matrix: the second product, and the gradient of the first's input."""
+"""Rows in expert order times their expert's matrix: the second product, and the first's input gradient."""
 
 import triton
 import triton.language as tl

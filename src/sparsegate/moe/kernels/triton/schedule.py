@@ -5,7 +5,7 @@ depends on the counts, which the host does not know: buffers have the size of th
 the number from `first_tile_E1[-1]`.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -61,11 +61,13 @@ def _make_schedule(end_E: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor
 @_make_schedule.register_fake
 def _(end_E: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
     num_experts = end_E.shape[0]
-    starts = end_E.new_empty(2, num_experts + 1, dtype=torch.int32)
-    size = _size(num_rows, num_experts)
-    return end_E.new_empty(size, dtype=torch.int32), *(torch.empty_like(start) for start in starts)
+    expert_of_tile = end_E.new_empty(_size(num_rows, num_experts), dtype=torch.int32)
+    first_E1 = end_E.new_empty(num_experts + 1, dtype=torch.int32)
+    return expert_of_tile, first_E1, torch.empty_like(first_E1)
 
 
 def _size(num_rows: int, num_experts: int) -> int:
     """The bound for the lowest tiles, which holds for all."""
-    return (num_rows + _FEWEST_ROWS - 1) // _FEWEST_ROWS + torch.sym_min(num_rows, num_experts)
+    full = (num_rows + _FEWEST_ROWS - 1) // _FEWEST_ROWS
+    # `sym_min` gives what it is given, though annotated as float.
+    return full + cast(int, torch.sym_min(num_rows, num_experts))

@@ -1,6 +1,5 @@
-"""The first product: tokens are gathered while they are loaded, the activation is applied while it is stored."""
+"""The first product: tokens are gathered on load, the activation is applied while storing."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

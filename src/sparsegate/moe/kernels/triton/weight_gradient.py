@@ -1,4 +1,4 @@
-"""The gradient of stacked weights: of each expert its rows on the left, transposed, times those on the right."""
+"""The gradient of stacked weights: each expert's rows on the left, transposed, times those on the right."""
 
 import triton
 import triton.language as tl
