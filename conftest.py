@@ -1,4 +1,4 @@
-"""What needs a package that is not installed everywhere is not collected there: its doctests would import it."""
+"""What needs a package that is not installed everywhere is not collected: its doctests would import it."""
 
 from importlib.util import find_spec
 
