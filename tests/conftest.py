@@ -9,6 +9,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which torch leaves to its first use
 
 # `pytest --hypothesis-profile nightly` chooses the other one; what it finds, it prints as a blob to replay.
 settings.register_profile("short", max_examples=200, derandomize=True, deadline=None)

@@ -1,0 +1,1 @@
+"""The experts' products as Triton kernels. Importing this imports triton: only who has chosen it does."""

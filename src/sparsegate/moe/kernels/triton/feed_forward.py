@@ -1,0 +1,286 @@
+"""Feed-forward experts as one operator: its forward and backward passes put together from the kernels."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...dispatch import Plan
+from ...precision import as_autocast
+from .gather_sum import sum_of_rows
+from .hidden_gradient import hidden_gradient
+from .rows import product_rows
+from .schedule import Schedule, make_schedule
+from .up import hidden_rows
+from .weight_gradient import weight_gradient
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ACTIVATIONS = ("relu", "swiglu")
+
+
+def feed_forward(
+    x_TD: Tensor,
+    w_in_EDS: Tensor,
+    w_out_EHD: Tensor,
+    weight_N: Tensor,
+    plan: Plan,
+    activation: str,
+    *,
+    recompute: bool = False,
+) -> Tensor:
+    """Sum over each token's pairs of weight * act(x W_in[e]) W_out[e]: y_TD in x's dtype.
+
+    w_in_EDS: S = H for "relu"; S = 2H for "swiglu", silu(x W) * (x V), whose first half of columns is W.
+    w_out_EHD: of one dtype with w_in and x, float32, bfloat16 or float16; under autocast they are cast.
+    weight_N: float32, in the order of the pairs. recompute: keep nothing for backward but the arguments, and
+    compute the hidden rows again (appendix D).
+
+    First derivatives alone: the fused backward pass has no derivative of its own, and to take it apart only
+    for the second one would be another, far slower kernel under this one's name.
+    """
+    dtype = x_TD.dtype
+    x_TD, w_in_EDS, w_out_EHD = as_autocast(x_TD), as_autocast(w_in_EDS), as_autocast(w_out_EHD)
+    _check(x_TD, w_in_EDS, w_out_EHD, activation)
+    is_trained = torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (x_TD, w_in_EDS, w_out_EHD, weight_N)
+    )
+    schedule = make_schedule(plan.end_E, plan.order_N.shape[0])
+    y_TD, _ = _feed_forward(
+        x_TD,
+        w_in_EDS,
+        w_out_EHD,
+        weight_N.to(torch.float32),
+        plan.order_N,
+        plan.row_N,
+        plan.token_N,
+        plan.pairs_T,
+        *schedule,
+        plan.pairs_per_token,
+        activation == "swiglu",
+        is_trained and not recompute,
+        dtype,
+    )
+    return y_TD
+
+
+def _check(x_TD: Tensor, w_in_EDS: Tensor, w_out_EHD: Tensor, activation: str) -> None:
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"activation: {activation!r} is none of {', '.join(map(repr, _ACTIVATIONS))}")
+    dtypes = {x_TD.dtype, w_in_EDS.dtype, w_out_EHD.dtype}
+    if len(dtypes) > 1 or not dtypes <= set(_DTYPES):
+        found = ", ".join(sorted(map(str, dtypes)))
+        raise ValueError(
+            f"dtype: the kernel 'triton' takes x, w_in and w_out in one of float32, bfloat16, float16, not"
+            f" {found}; the kernel 'grouped' takes float64 as well"
+        )
+    width, hidden = x_TD.shape[1], w_out_EHD.shape[1]
+    columns = hidden * (2 if activation == "swiglu" else 1)
+    if w_in_EDS.shape[1:] != (width, columns) or w_out_EHD.shape[2] != width:
+        raise ValueError(
+            f"w_in {tuple(w_in_EDS.shape)}, w_out {tuple(w_out_EHD.shape)}: {activation} experts of width"
+            f" {width} have [E, {width}, {columns}] and [E, {hidden}, {width}]"
+        )
+
+
+@torch.library.custom_op("sparsegate::triton_feed_forward", mutates_args=())
+def _feed_forward(
+    x_TD: Tensor,
+    w_in_EDS: Tensor,
+    w_out_EHD: Tensor,
+    weight_N: Tensor,
+    order_N: Tensor,
+    row_N: Tensor,
+    token_N: Tensor,
+    pairs_T: Tensor,
+    expert_of_tile: Tensor,
+    first_tile_E1: Tensor,
+    first_row_E1: Tensor,
+    pairs_per_token: int | None,
+    gated: bool,
+    keep: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """y_TD, and what backward is to know of the hidden rows: nothing, unless `keep` is set."""
+    schedule = Schedule(expert_of_tile, first_tile_E1, first_row_E1)
+    hidden_NH, pre_NS = hidden_rows(_aligned(x_TD), w_in_EDS, token_N, schedule, gated=gated, keep=keep)
+    rows_ND = product_rows(hidden_NH, w_out_EHD, schedule)
+    y_TD = sum_of_rows(
+        rows_ND, weight_N, row_N, pairs_T, schedule, pairs_per_token=pairs_per_token, dtype=dtype
+    )
+    return y_TD, _kept(hidden_NH, pre_NS, gated) if keep else x_TD.new_empty(0, w_in_EDS.shape[2])
+
+
+@_feed_forward.register_fake
+def _(
+    x_TD: Tensor,
+    w_in_EDS: Tensor,
+    w_out_EHD: Tensor,
+    weight_N: Tensor,
+    order_N: Tensor,
+    row_N: Tensor,
+    token_N: Tensor,
+    pairs_T: Tensor,
+    expert_of_tile: Tensor,
+    first_tile_E1: Tensor,
+    first_row_E1: Tensor,
+    pairs_per_token: int | None,
+    gated: bool,
+    keep: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    kept = x_TD.new_empty(order_N.shape[0] if keep else 0, w_in_EDS.shape[2])
+    return x_TD.new_empty(x_TD.shape, dtype=dtype), kept
+
+
+@torch.library.custom_op("sparsegate::triton_hidden", mutates_args=())
+def _hidden(
+    x_TD: Tensor,
+    w_in_EDS: Tensor,
+    token_N: Tensor,
+    expert_of_tile: Tensor,
+    first_tile_E1: Tensor,
+    first_row_E1: Tensor,
+    gated: bool,
+) -> Tensor:
+    """What backward is to know of the hidden rows, computed again."""
+    schedule = Schedule(expert_of_tile, first_tile_E1, first_row_E1)
+    hidden_NH, pre_NS = hidden_rows(_aligned(x_TD), w_in_EDS, token_N, schedule, gated=gated, keep=True)
+    return _kept(hidden_NH, pre_NS, gated)
+
+
+@_hidden.register_fake
+def _(
+    x_TD: Tensor,
+    w_in_EDS: Tensor,
+    token_N: Tensor,
+    expert_of_tile: Tensor,
+    first_tile_E1: Tensor,
+    first_row_E1: Tensor,
+    gated: bool,
+) -> Tensor:
+    return x_TD.new_empty(token_N.shape[0], w_in_EDS.shape[2])
+
+
+@torch.library.custom_op("sparsegate::triton_hidden_gradient", mutates_args=())
+def _hidden_gradient(
+    grad_y_TD: Tensor,
+    w_out_EHD: Tensor,
+    weight_N: Tensor,
+    kept: Tensor,
+    order_N: Tensor,
+    token_N: Tensor,
+    expert_of_tile: Tensor,
+    first_tile_E1: Tensor,
+    first_row_E1: Tensor,
+    gated: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `hidden_gradient`."""
+    schedule = Schedule(expert_of_tile, first_tile_E1, first_row_E1)
+    return hidden_gradient(
+        _aligned(grad_y_TD), w_out_EHD, weight_N, kept, order_N, token_N, schedule, gated=gated
+    )
+
+
+@_hidden_gradient.register_fake
+def _(
+    grad_y_TD: Tensor,
+    w_out_EHD: Tensor,
+    weight_N: Tensor,
+    kept: Tensor,
+    order_N: Tensor,
+    token_N: Tensor,
+    expert_of_tile: Tensor,
+    first_tile_E1: Tensor,
+    first_row_E1: Tensor,
+    gated: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden_NH = kept.new_empty(order_N.shape[0], w_out_EHD.shape[1])
+    return torch.empty_like(kept), hidden_NH, torch.empty_like(weight_N)
+
+
+@torch.library.custom_op("sparsegate::triton_input_gradient", mutates_args=())
+def _input_gradient(
+    grad_pre_NS: Tensor,
+    w_in_EDS: Tensor,
+    row_N: Tensor,
+    pairs_T: Tensor,
+    expert_of_tile: Tensor,
+    first_tile_E1: Tensor,
+    first_row_E1: Tensor,
+    pairs_per_token: int | None,
+) -> Tensor:
+    """Each row's gradient times the transpose of its expert's matrix, summed over the rows of each token."""
+    schedule = Schedule(expert_of_tile, first_tile_E1, first_row_E1)
+    rows_ND = product_rows(grad_pre_NS, w_in_EDS.transpose(1, 2), schedule)
+    return sum_of_rows(
+        rows_ND, None, row_N, pairs_T, schedule, pairs_per_token=pairs_per_token, dtype=rows_ND.dtype
+    )
+
+
+@_input_gradient.register_fake
+def _(
+    grad_pre_NS: Tensor,
+    w_in_EDS: Tensor,
+    row_N: Tensor,
+    pairs_T: Tensor,
+    expert_of_tile: Tensor,
+    first_tile_E1: Tensor,
+    first_row_E1: Tensor,
+    pairs_per_token: int | None,
+) -> Tensor:
+    return grad_pre_NS.new_empty(pairs_T.shape[0], w_in_EDS.shape[1])
+
+
+@torch.library.custom_op("sparsegate::triton_weight_gradient", mutates_args=())
+def _weight_gradient(
+    left: Tensor, right: Tensor, token_N: Tensor, first_row_E1: Tensor, gather_left: bool
+) -> Tensor:
+    """See `weight_gradient`."""
+    return weight_gradient(_aligned(left), _aligned(right), token_N, first_row_E1, gather_left=gather_left)
+
+
+@_weight_gradient.register_fake
+def _(left: Tensor, right: Tensor, token_N: Tensor, first_row_E1: Tensor, gather_left: bool) -> Tensor:
+    return left.new_empty(first_row_E1.shape[0] - 1, left.shape[1], right.shape[1])
+
+
+def _kept(hidden_NH: Tensor, pre_NS: Tensor, gated: bool) -> Tensor:
+    return pre_NS if gated else hidden_NH
+
+
+def _aligned(rows: Tensor) -> Tensor:
+    """Rows whose elements stand side by side, as loads of several at a time need: y.sum() gives others."""
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.pairs_per_token, ctx.gated, ctx.keep, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _backward(ctx: Any, grad_y_TD: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    x_TD, w_in_EDS, w_out_EHD, weight_N, order_N, row_N, token_N, pairs_T, *schedule, kept = ctx.saved_tensors
+    if not ctx.keep:
+        kept = _hidden(x_TD, w_in_EDS, token_N, *schedule, ctx.gated)
+    grad_y_TD = grad_y_TD.to(x_TD.dtype)
+    grad_pre_NS, weighted_NH, grad_weight_N = _hidden_gradient(
+        grad_y_TD, w_out_EHD, weight_N, kept, order_N, token_N, *schedule, ctx.gated
+    )
+    grad_x_TD = grad_w_in_EDS = grad_w_out_EHD = None
+    if ctx.needs_input_grad[0]:
+        grad_x_TD = _input_gradient(grad_pre_NS, w_in_EDS, row_N, pairs_T, *schedule, ctx.pairs_per_token)
+    if ctx.needs_input_grad[1]:
+        grad_w_in_EDS = _weight_gradient(x_TD, grad_pre_NS, token_N, schedule[2], True)
+    if ctx.needs_input_grad[2]:
+        grad_w_out_EHD = _weight_gradient(weighted_NH, grad_y_TD, token_N, schedule[2], False)
+    return grad_x_TD, grad_w_in_EDS, grad_w_out_EHD, grad_weight_N, *[None] * 11
+
+
+def _no_second_derivative(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError("second derivatives: the kernel 'triton' has none; use the kernel 'grouped'")
+
+
+_feed_forward.register_autograd(_backward, setup_context=_save)
+for _operator in (_hidden, _hidden_gradient, _input_gradient, _weight_gradient):
+    _operator.register_autograd(_no_second_derivative)
