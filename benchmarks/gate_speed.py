@@ -12,9 +12,10 @@ import statistics
 
 import torch
 
-from benchmarks.measuring import markdown, median_ratio, seconds, store
+from benchmarks import RESULTS
 from benchmarks.mixtures import GATES
 from benchmarks.training_speed import stepper
+from sparsegate.benchmarking.measuring import circumstances, markdown, median_ratio, seconds, store
 from sparsegate.recipes.registry import recipe
 
 BASELINE = "noisy top-4"
@@ -35,7 +36,7 @@ def main() -> None:
         for name, own in times.items()
     ]
     print(markdown(rows))
-    print(store("gate_speed", rows))
+    print(store(RESULTS / "gate_speed.json", {**circumstances(), "rows": rows}))
 
 
 def _arguments() -> argparse.Namespace:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measuring import markdown, store
+from benchmarks import RESULTS
 from sparsegate import (
     Balanced,
     BalancedGroups,
@@ -30,6 +30,7 @@ from sparsegate import (
     load_loss,
     threshold_loss,
 )
+from sparsegate.benchmarking.measuring import circumstances, markdown, store
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def main() -> None:
             rows.append(process.submit(measure, name, num_experts, num_tokens, args).result())
     print(markdown(rows))
     torch.set_num_threads(args.threads)
-    print(store("hierarchical_gate", rows))
+    print(store(RESULTS / "hierarchical_gate.json", {**circumstances(), "rows": rows}))
 
 
 def noisy_topk(width: int, num_experts: int) -> Hierarchical:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.equal_computation import final_run, shortened
-from benchmarks.measuring import circumstances
+from sparsegate.benchmarking.measuring import circumstances
 from sparsegate.inspection.balance import BALANCE_METRICS
 from sparsegate.models.gates import (
     BalancedGate,

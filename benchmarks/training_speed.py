@@ -15,7 +15,8 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks.measuring import markdown, median_ratio, seconds, store
+from benchmarks import RESULTS
+from sparsegate.benchmarking.measuring import circumstances, markdown, median_ratio, seconds, store
 from sparsegate.data import Batch
 from sparsegate.recipes.registry import recipe
 from sparsegate.training.config import RunConfig
@@ -41,7 +42,7 @@ def main() -> None:
             }
         )
     print(markdown(rows))
-    print(store("training_speed", rows))
+    print(store(RESULTS / "training_speed.json", {**circumstances(), "rows": rows}))
 
 
 def stepper(config: RunConfig, args: argparse.Namespace) -> Callable[[], None]:

@@ -15,6 +15,7 @@ BELOW = {
     "moe": set(),
     "optim": set(),
     "data": set(),
+    "benchmarking": {"moe"},
     "models": {"moe"},
     "parallel": {"moe", "models"},
     "decoding": {"moe", "models", "data"},  # it writes and scores text, so it knows vocabularies and batches

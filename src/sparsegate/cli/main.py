@@ -22,6 +22,7 @@ VERBS = {
     "score": "Print the log-probability of each sentence and token.",
     "plan": "Count the parameters and operations of a model without building it.",
     "conform": "Try the paper's laws on a mixture-of-experts layer of any origin.",
+    "bench": "Time the layer against a dense one, its peers and the machine.",
     "search": "Try learning rates and dropouts, and keep the best.",
     "quickstart": "Train a small mixture and the dense model of equal cost, and compare them.",
 }
