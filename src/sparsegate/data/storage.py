@@ -1,11 +1,12 @@
 """``vocabulary.json``: strict loading of every kind of vocabulary."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, RootModel
 
 from .files import read_sealed, sealed, write_atomically
+from .joint_subwords import JointSubwords
 from .normalization import normalization_named
 from .subwords import ByteVocabulary, SubwordVocabulary
 from .vocabulary import Vocabulary
@@ -57,8 +58,23 @@ class _Bytes(_File):
         return ByteVocabulary(normalization=normalization_named(self.normalization))
 
 
-class _VocabularyFile(RootModel[_Words | _Characters | _Subwords | _Bytes]):
-    root: Annotated[_Words | _Characters | _Subwords | _Bytes, Field(discriminator="kind")]
+class _JointSubwords(_File):
+    kind: Literal["joint_subwords"]
+    languages: list[str]
+    tokenizer: dict[str, Any]
+
+    def build(self) -> Vocabulary:
+        normalization = normalization_named(self.normalization)
+        return JointSubwords.from_tokenizer(
+            self.tokenizer, languages=self.languages, normalization=normalization
+        )
+
+
+_Kinds = _Words | _Characters | _Subwords | _Bytes | _JointSubwords
+
+
+class _VocabularyFile(RootModel[_Kinds]):
+    root: Annotated[_Kinds, Field(discriminator="kind")]
 
 
 def save_vocabulary(vocabulary: Vocabulary, path: Path) -> None:

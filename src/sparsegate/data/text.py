@@ -11,7 +11,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -99,17 +99,38 @@ def read_lines(path: Path, *, options: TextOptions, advance: Callable[[int], Non
 
     ValueError in one line that names file and line for text that cannot be read.
     """
-    parse = _json_lines if path.name.removesuffix(".gz").endswith(".jsonl") else _plain_lines
+    parse = _json_lines if is_json_lines(path) else _plain_lines
+    for lines in _parsed(path, parse, options, advance):
+        if not options.keep_blank_lines:
+            lines = [line for line in lines if line and not line.isspace()]
+        if lines:
+            yield lines
+
+
+def read_raw_lines(
+    path: Path, *, options: TextOptions, advance: Callable[[int], None]
+) -> Iterator[list[str]]:
+    """Every line of one file, blank ones as well and JSON as it stands; else like `read_lines`."""
+    return _parsed(path, _plain_lines, options, advance)
+
+
+def is_json_lines(path: Path) -> bool:
+    """Whether the name of a file says that each of its lines is a JSON object."""
+    return path.name.removesuffix(".gz").endswith(".jsonl")
+
+
+_Parse = Callable[[Path, bytes, int, TextOptions], list[str]]
+
+
+def _parsed(
+    path: Path, parse: _Parse, options: TextOptions, advance: Callable[[int], None]
+) -> Iterator[list[str]]:
     number = 1
     with path.open("rb") as file:
         position = 0
         for block in _blocks(path, file, options):
-            lines = parse(path, block, number, options)
+            yield parse(path, block, number, options)
             number += block.count(b"\n") + 1
-            if not options.keep_blank_lines:
-                lines = [line for line in lines if line and not line.isspace()]
-            if lines:
-                yield lines
             advance(file.tell() - position)
             position = file.tell()
         advance(file.tell() - position)
@@ -177,7 +198,7 @@ def _json_lines(path: Path, block: bytes, number: int, options: TextOptions) -> 
     lines: list[str] = []
     for offset, line in enumerate(_plain_lines(path, block, number, options)):
         if line and not line.isspace():
-            text = _text_of(f"{path}, line {number + offset}", line, options)
+            (text,) = text_fields(f"{path}, line {number + offset}", line, [options.field], options)
             # As in a file, the last line feed ends the last line, and does not begin another.
             lines.extend(_split(text.removesuffix("\n")) if text else [])
     return lines
@@ -208,21 +229,25 @@ def _decode(path: Path, block: bytes, number: int, options: TextOptions) -> str:
         ) from None
 
 
-def _text_of(where: str, line: str, options: TextOptions) -> str:
-    """The text field of one JSON object."""
+def text_fields(where: str, line: str, fields: Sequence[str], options: TextOptions) -> list[str]:
+    """The text in each of some fields of one JSON object. ValueError that begins with `where`."""
     try:
         document = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({error}); each line must hold one JSON object") from None
-    if not isinstance(document, dict) or not isinstance(document.get(options.field), str):
+    return [_text_of(where, document, field, options) for field in fields]
+
+
+def _text_of(where: str, document: object, field: str, options: TextOptions) -> str:
+    if not isinstance(document, dict) or not isinstance(document.get(field), str):
         raise ValueError(
-            f"{where}: no object with a text in field {options.field!r}; name the field that holds it"
+            f"{where}: no object with a text in field {field!r}; name the field that holds it"
         )
-    text: str = document[options.field]
+    text: str = document[field]
     if options.replace_bad_bytes:
         return _NO_TEXT.sub(REPLACEMENT, text)
     if _NO_TEXT.search(text):
         raise ValueError(
-            f"{where}: a NUL or a lone surrogate in field {options.field!r}; replace_bad_bytes reads on"
+            f"{where}: a NUL or a lone surrogate in field {field!r}; replace_bad_bytes reads on"
         )
     return text

@@ -15,7 +15,7 @@ from .normalization import normalize
 from .vocabulary import Vocabulary, token_dtype
 
 
-class _DigestedFile:
+class DigestedFile:
     """A new file and the SHA-256 of what is written to it. OSError names the file if that fails."""
 
     def __init__(self, path: Path) -> None:
@@ -55,8 +55,8 @@ def write_split(
     dtype = token_dtype(vocabulary.size)
     num_tokens = num_sentences = num_words = num_bytes = 0
     with (
-        closing(_DigestedFile(directory / f"{split}.tokens")) as tokens,
-        closing(_DigestedFile(directory / f"{split}.sentences")) as sentences,
+        closing(DigestedFile(directory / f"{split}.tokens")) as tokens,
+        closing(DigestedFile(directory / f"{split}.sentences")) as sentences,
     ):
         for batch in batches:
             lines = [normalize(line) for line in batch]
