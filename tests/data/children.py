@@ -41,7 +41,13 @@ def make(options: Options) -> None:
 
 
 def make_and_die(options: Options, at_change: int) -> None:
-    """Die of SIGKILL before the `at_change`-th file or folder is opened for writing, renamed or removed."""
+    """Die of SIGKILL before the `at_change`-th change that the making brings to the disk."""
+    die_at_change(at_change)
+    prepare(**options)
+
+
+def die_at_change(at_change: int) -> None:
+    """From now on, die before the `at_change`-th file or folder is opened for writing, renamed or removed."""
     changes = 0
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
@@ -53,7 +59,6 @@ def make_and_die(options: Options, at_change: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
-    prepare(**options)
 
 
 def peak_memory(options: Options) -> int:

@@ -15,11 +15,13 @@ from ..data.dataset import Dataset
 from ..data.prepare import HoldOut, prepare
 from ..data.text import TextOptions
 from ..data.train_vocabulary import VocabularyKind
+from . import parallel
 from .verb import Parser, Verb
 
 EXAMPLE = """
 sparsegate prepare book.txt --output datasets/book --vocabulary subwords --vocabulary-size 8192
 sparsegate prepare train.txt --valid valid.txt --test test.txt --output datasets/news
+sparsegate prepare --pair en-fr:train.en,train.fr --valid-pair en-fr:valid.tsv --output datasets/en-fr
 """
 
 
@@ -28,6 +30,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the dataset, a new folder")
     _add_vocabulary(parser.add_argument_group("vocabulary"))
     _add_splits(parser.add_argument_group("text to validate and test on"))
+    parallel.add_arguments(parser)
     _add_reading(
         parser.add_argument_group(
             "reading",
@@ -76,6 +79,7 @@ def _add_reading(group: ArgumentGroup) -> None:
 
 
 def run(args: Namespace) -> int:
+    of_pairs = parallel.is_asked_for(args)
     text = TextOptions(
         field=args.field,
         keep_blank_lines=args.keep_blank_lines,
@@ -83,6 +87,10 @@ def run(args: Namespace) -> int:
         max_line_bytes=args.max_line_bytes,
         max_gzip_ratio=args.max_gzip_ratio,
     )
+    if of_pairs:
+        with progress_bar() as progress:
+            parallel.run(args, text=text, progress=progress)
+        return 0
     with progress_bar() as progress:
         dataset = prepare(
             output=args.output,

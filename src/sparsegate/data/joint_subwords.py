@@ -1,6 +1,5 @@
 """One table of subwords for all languages of a translation model, lossless for every line."""
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Self
 
@@ -72,20 +71,6 @@ class JointSubwords(Vocabulary):
         )
         tokenizer.train_from_iterator(_checked(batches), trainer)
         return cls(merges=merges_of(tokenizer), languages=sorted(languages))
-
-    @classmethod
-    def from_tokenizer(
-        cls, tokenizer: dict[str, Any], *, languages: Sequence[str], normalization: Normalization
-    ) -> Self:
-        """From what the ``tokenizers`` library writes. ValueError unless it is what `train` makes."""
-        try:
-            merges = [(str(left), str(right)) for left, right in tokenizer["model"]["merges"]]
-        except (KeyError, TypeError, ValueError):
-            raise ValueError("tokenizer: has no list of merges; make it again") from None
-        built = cls(merges=merges, languages=languages, normalization=normalization)
-        if built.to_json()["tokenizer"] != tokenizer:
-            raise ValueError("tokenizer: differs from what its merges make; make it again")
-        return built
 
     @property
     def size(self) -> int:
@@ -164,8 +149,13 @@ class JointSubwords(Vocabulary):
             "kind": self.kind,
             "normalization": self._normalization.name,
             "languages": list(self._languages),
-            "tokenizer": json.loads(self._tokenizer.to_str()),
+            "merges": [list(merge) for merge in self._merges],
         }
+
+    def to_tokenizers(self) -> str:
+        """The JSON that the ``tokenizers`` library reads, for other programs. Its ids are those of the pieces
+        alone: counted from the first byte, without the special tokens before it."""
+        return self._tokenizer.to_str()
 
 
 def smallest_size(num_languages: int) -> int:

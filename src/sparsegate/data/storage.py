@@ -1,7 +1,7 @@
 """``vocabulary.json``: strict loading of every kind of vocabulary."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, RootModel
 
@@ -11,6 +11,9 @@ from .normalization import normalization_named
 from .subwords import ByteVocabulary, SubwordVocabulary
 from .vocabulary import Vocabulary
 from .words import CharacterVocabulary, WordVocabulary
+
+
+_Merge = Annotated[list[str], Field(min_length=2, max_length=2)]
 
 
 class _File(BaseModel):
@@ -44,7 +47,7 @@ class _Characters(_File):
 
 class _Subwords(_File):
     kind: Literal["subwords"]
-    merges: list[Annotated[list[str], Field(min_length=2, max_length=2)]]
+    merges: list[_Merge]
 
     def build(self) -> Vocabulary:
         merges = [(left, right) for left, right in self.merges]
@@ -61,12 +64,13 @@ class _Bytes(_File):
 class _JointSubwords(_File):
     kind: Literal["joint_subwords"]
     languages: list[str]
-    tokenizer: dict[str, Any]
+    merges: list[_Merge]
 
     def build(self) -> Vocabulary:
-        normalization = normalization_named(self.normalization)
-        return JointSubwords.from_tokenizer(
-            self.tokenizer, languages=self.languages, normalization=normalization
+        return JointSubwords(
+            merges=[(left, right) for left, right in self.merges],
+            languages=self.languages,
+            normalization=normalization_named(self.normalization),
         )
 
 

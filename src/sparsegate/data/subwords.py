@@ -167,4 +167,3 @@ def _byte_level(model: models.BPE) -> Tokenizer:
 def _normalized(batches: Iterable[Sequence[str]]) -> Iterator[list[str]]:
     for lines in batches:
         yield [normalize(line) for line in lines]
-

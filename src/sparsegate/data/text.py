@@ -240,14 +240,10 @@ def text_fields(where: str, line: str, fields: Sequence[str], options: TextOptio
 
 def _text_of(where: str, document: object, field: str, options: TextOptions) -> str:
     if not isinstance(document, dict) or not isinstance(document.get(field), str):
-        raise ValueError(
-            f"{where}: no object with a text in field {field!r}; name the field that holds it"
-        )
+        raise ValueError(f"{where}: no object with a text in field {field!r}; name the field that holds it")
     text: str = document[field]
     if options.replace_bad_bytes:
         return _NO_TEXT.sub(REPLACEMENT, text)
     if _NO_TEXT.search(text):
-        raise ValueError(
-            f"{where}: a NUL or a lone surrogate in field {field!r}; replace_bad_bytes reads on"
-        )
+        raise ValueError(f"{where}: a NUL or a lone surrogate in field {field!r}; replace_bad_bytes reads on")
     return text

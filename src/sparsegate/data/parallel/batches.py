@@ -166,8 +166,12 @@ def _batch(
     pairs: Sequence[Pair], pair_B: _Integers, example_B: _Integers, vocabulary: JointSubwords, index: int
 ) -> TranslationBatch:
     """The batch of the examples `example_B`, each of the pair that `pair_B` numbers."""
-    source_BS, source_mask_BS = _sentences([pair.source for pair in pairs], pair_B, example_B, vocabulary.pad_id)
-    label_BS, label_mask_BS = _sentences([pair.target for pair in pairs], pair_B, example_B, vocabulary.pad_id)
+    source_BS, source_mask_BS = _sentences(
+        [pair.source for pair in pairs], pair_B, example_B, vocabulary.pad_id
+    )
+    label_BS, label_mask_BS = _sentences(
+        [pair.target for pair in pairs], pair_B, example_B, vocabulary.pad_id
+    )
     language_P = np.array([vocabulary.language_id(pair.target_language) for pair in pairs])
     begin_B = np.full(len(pair_B), vocabulary.begin_id)
     target_BS = _behind(begin_B, label_BS[:, :-1])

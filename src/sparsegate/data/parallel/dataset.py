@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 
 from ..dataset import VOCABULARY, Sha256, SplitManifest, SplitName, TokenFile, VocabularyManifest
@@ -83,8 +82,9 @@ class TranslationManifest(_Part):
     filters: Filters
     held_out: HeldOutPairs | None
     vocabulary: VocabularyManifest
-    parts: Annotated[dict[SplitName, Annotated[dict[PairName, BitextManifest], Field(min_length=1)]],
-                     Field(min_length=1)]
+    parts: Annotated[
+        dict[SplitName, Annotated[dict[PairName, BitextManifest], Field(min_length=1)]], Field(min_length=1)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,14 +145,10 @@ class TranslationDataset:
         path = directory / MANIFEST
         if not path.is_file():
             cure = "make one with `sparsegate prepare --pair`"
-            raise FileNotFoundError(
-                f"{directory}: not a translation dataset (it has no {MANIFEST}); {cure}"
-            )
+            raise FileNotFoundError(f"{directory}: not a translation dataset (it has no {MANIFEST}); {cure}")
         manifest = read_sealed(path, TranslationManifest)
         vocabulary = _vocabulary_of(directory / VOCABULARY, manifest)
-        for where, side in _sides(manifest):
-            if side.dtype != token_dtype(vocabulary.size).str:
-                raise ValueError(f"{path}: {where}.dtype: {side.dtype} does not fit the vocabulary")
+        _check_sides(path, manifest, vocabulary)
         fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
         return cls(directory=directory, manifest=manifest, vocabulary=vocabulary, fingerprint=fingerprint)
 
@@ -218,15 +214,22 @@ def side_name(part: str, pair: str, language: str) -> str:
     return f"{part}.{pair}.{language}"
 
 
-def _sides(manifest: TranslationManifest) -> Iterator[tuple[str, SplitManifest]]:
-    """Each side and the field that holds it. ValueError for sides that have not as many sentences."""
+def _check_sides(path: Path, manifest: TranslationManifest, vocabulary: JointSubwords) -> None:
+    """ValueError unless the pairs of a manifest fit one another and the vocabulary."""
+    cure = "prepare the dataset again"
     for part, bitexts in manifest.parts.items():
         for name, bitext in bitexts.items():
             where = f"parts.{part}.{name}"
+            first, second = languages_of(name)
             if bitext.first.sentences != bitext.second.sentences:
-                raise ValueError(f"{where}: its sides are not of equal length; prepare the dataset again")
-            yield f"{where}.first", bitext.first
-            yield f"{where}.second", bitext.second
+                raise ValueError(f"{path}: {where}: its sides are not of equal length; {cure}")
+            if manifest.both_directions and pair_name(second, first) in bitexts:
+                raise ValueError(f"{path}: {name} and {second}-{first} are in both directions; {cure}")
+            for field, side in (("first", bitext.first), ("second", bitext.second)):
+                if side.dtype != token_dtype(vocabulary.size).str:
+                    raise ValueError(
+                        f"{path}: {where}.{field}.dtype: {side.dtype} does not fit the vocabulary"
+                    )
 
 
 def _vocabulary_of(path: Path, manifest: TranslationManifest) -> JointSubwords:

@@ -12,7 +12,15 @@ from ..languages import languages_of
 from ..storage import save_vocabulary
 from ..text import TextOptions
 from .cleaning import CLEANING
-from .dataset import MANIFEST, BitextManifest, Filters, HeldOutPairs, SourceFile, TranslationDataset, TranslationManifest
+from .dataset import (
+    MANIFEST,
+    BitextManifest,
+    Filters,
+    HeldOutPairs,
+    SourceFile,
+    TranslationDataset,
+    TranslationManifest,
+)
 from .filters import LengthFilter
 from .parts import PartText, Reader, part_texts
 from .source import ParallelText, check_files

@@ -104,7 +104,9 @@ def _refuse_unequal(
     for pair in chain(pairs, rest):
         for side, line in enumerate(pair):
             counts[side] += line is not None
-    look = f"the first that looks wrong is {suspicious}" if suspicious else "no pair looks wrong before the end"
+    look = (
+        f"the first that looks wrong is {suspicious}" if suspicious else "no pair looks wrong before the end"
+    )
     raise ValueError(
         f"{paths[0]} has {counts[0]:,} lines and {paths[1]} {counts[1]:,}, but they must be translations of each "
         f"other line by line; {look}"
