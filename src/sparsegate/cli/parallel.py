@@ -34,8 +34,9 @@ _PAIRS_ALONE = {
 def add_arguments(parser: Parser) -> None:
     group = parser.add_argument_group(
         "parallel text to translate, instead of TEXT",
-        "en-fr:a.en,a.fr are two aligned files; en-fr:a.tsv is one of tab-separated columns, en-fr:a.jsonl of "
-        "objects with the keys en and fr; en-fr:a.tsv@1,3 names columns or keys. Each may be given repeatedly.",
+        "en-fr:a.en,a.fr are two aligned files; en-fr:a.tsv is one of tab-separated columns, en-fr:a.jsonl "
+        "one of objects with the keys en and fr; en-fr:a.tsv@1,3 names columns or keys. Give each option as "
+        "often as there are texts.",
     )
     group.add_argument("--pair", action="append", default=[], metavar=_FORM, help="pairs to train on")
     for part in ("valid", "test"):

@@ -59,8 +59,8 @@ class JointSubwords(Vocabulary):
         smallest = smallest_size(len(languages))
         if not smallest <= size < 1 << 31:
             raise ValueError(
-                f"vocabulary_size ({size}) must be at least {smallest}: the bytes, the special tokens and one "
-                "piece; and less than 2^31"
+                f"vocabulary_size ({size}) must be at least {smallest}: the bytes, the special tokens and "
+                "one piece; and less than 2^31"
             )
         tokenizer = _pipeline(models.BPE())
         trainer = trainers.BpeTrainer(

@@ -12,7 +12,6 @@ from .subwords import ByteVocabulary, SubwordVocabulary
 from .vocabulary import Vocabulary
 from .words import CharacterVocabulary, WordVocabulary
 
-
 _Merge = Annotated[list[str], Field(min_length=2, max_length=2)]
 
 

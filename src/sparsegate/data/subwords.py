@@ -21,7 +21,7 @@ def byte_alphabet() -> list[str]:
 
 
 def piece_ids(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
-    """The 256 bytes and what `merges` make of them, numbered. ValueError for merges that no training gives."""
+    """The 256 bytes and what `merges` make of them, numbered. ValueError for what no training gives."""
     pieces = {piece: token for token, piece in enumerate(byte_alphabet())}
     for left, right in merges:
         if left not in pieces or right not in pieces:

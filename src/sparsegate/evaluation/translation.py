@@ -1,7 +1,7 @@
 """BLEU, chrF and perplexity of translations.
 
-Scores are those of ``sacrebleu``, of which its own command line on the same files gives the same. A hypothesis
-is one line: line ends and other control characters in it are spaces, and white space at its end is none.
+Scores are those of ``sacrebleu``, whose own command line gives the same on the same files. A hypothesis is
+one line: line ends and other control characters in it are spaces, and white space at its end is none.
 """
 
 import math
@@ -40,7 +40,8 @@ class Score:
 class Comparison:
     """One measure of two systems on the same sentences, by paired bootstrap.
 
-    p_value: how probable a difference as large as this one would be if the systems were equally good.
+    p_value: how probable a difference as large as this one would be if the systems were equally good. It
+    means nothing where there is no difference.
     """
 
     name: str
@@ -131,7 +132,8 @@ def compare(
     target_language: str | None = None,
     resamples: int = 1000,
 ) -> list[Comparison]:
-    """BLEU and chrF of two systems, and whether their difference could be chance: sacrebleu's paired bootstrap.
+    """BLEU and chrF of two systems, and whether their difference could be chance, by sacrebleu's paired
+    bootstrap.
 
     Its random numbers begin at 12345, or at the value of the environment variable SACREBLEU_SEED.
 

@@ -102,7 +102,7 @@ def pair_of(content: dict[str, Any]) -> dict[str, Any]:
         ),
         (
             lambda content: pair_of(content)["first"].update(sentences=89),
-            "translation.json: parts.train.en-fr: its sides are not of equal length; prepare the dataset again",
+            "translation.json: parts.train.en-fr: its sides are not of equal length; prepare",
         ),
         (
             lambda content: pair_of(content)["second"].update(dtype="<u4"),

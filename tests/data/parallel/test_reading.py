@@ -118,8 +118,8 @@ def test_unequal_lengths_are_told_with_the_first_pair_that_looks_wrong(
     for one, other, more in ((first, second, scale), (second, first, -scale)):
         counts = len(several) + max(more, 0), len(several) + max(-more, 0)
         expected = (
-            f"{one} has {counts[0]:,} lines and {other} {counts[1]:,}, but they must be translations of each "
-            f"other line by line; {look.format(2 * scale + 1)}"
+            f"{one} has {counts[0]:,} lines and {other} {counts[1]:,}, but they must be translations of "
+            f"each other line by line; {look.format(2 * scale + 1)}"
         )
         found = refusal(ParallelText(languages=("en", "fr"), files=(one, other)))
         assert found.replace("of 1 and 99", "of 99 and 1").replace("of 1 and 25", "of 25 and 1") == expected

@@ -38,7 +38,7 @@ def test_a_parallel_text_is_written_in_one_word(
         ("e-fr:a.tsv", "language 'e' must be a code"),
         ("../en-fr:a.tsv", "language '../en' must be a code"),
         ("en-en:a.tsv", "pair 'en-en': its languages must be different"),
-        ("en-fr:a,b,c", "en-fr: 3 files; give two aligned ones, or one that holds both languages"),
+        ("en-fr:a,b,c", "en-fr: 3 files; give two aligned ones, or one of both languages"),
         ("en-fr:a.en,a.en", "a.en: given for both languages; give one file for each"),
         ("en-fr:a.jsonl,b.jsonl", "a.jsonl: give JSON lines alone, with both languages in each object"),
         ("en-fr:a.tsv@0,1", "a.tsv: column '0' must be a number, counted from 1"),

@@ -188,7 +188,7 @@ def _batch(
 def _sentences(
     sides: Sequence[TokenFile], side_B: _Integers, example_B: _Integers, pad_id: int
 ) -> tuple[_Integers, npt.NDArray[np.bool_]]:
-    """The ids of sentences, padded at their ends, and which of them are real; `side_B` says whose they are."""
+    """The ids of sentences, padded at their ends, and which are real; `side_B` says whose they are."""
     start_B, end_B = np.empty_like(example_B), np.empty_like(example_B)
     for number, side in enumerate(sides):
         here = side_B == number

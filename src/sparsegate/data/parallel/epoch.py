@@ -7,6 +7,7 @@ epoch has the same number of batches, and the batch of an index is found without
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -40,8 +41,8 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class _Bucket:
-    """Examples of about equal length: those of each pair, how many of them an epoch draws, and how many rows a
-    batch of them may have."""
+    """Examples of about equal length: those of each pair, how many of them an epoch draws, and how many rows
+    a batch of them may have."""
 
     members: list[_Integers]
     draws: list[int]
@@ -107,15 +108,16 @@ class EpochPlan:
 
 
 def _by_shape(length_N2: _Integers) -> tuple[_Integers, _Integers]:
-    """What brings pairs together of which both sides are of about equal length: first the class of the longer
-    side, then how much longer the source is, up and down by turns, so that neighbours stay alike from class to
-    class."""
+    """What brings pairs together of which both sides are of about equal length: the class of the longer side,
+    then by eighths how much longer the source is, up and down by turns, so that neighbours stay alike from
+    class to class."""
     size_N = length_N2.max(axis=1)
     start_C = [1]
     while start_C[-1] <= size_N.max():
         start_C.append(int(start_C[-1] * _GROWTH) + 1)
     class_N = np.searchsorted(start_C, size_N, side="right")
-    return class_N, (length_N2[:, 0] - length_N2[:, 1]) * 8 // size_N * np.where(class_N % 2, 1, -1)
+    eighths_N = (length_N2[:, 0] - length_N2[:, 1]) * 8 // size_N
+    return class_N, eighths_N * np.where(class_N % 2, 1, -1)
 
 
 def _in_turn(num: int, draws: int, epoch: int, *, key: tuple[int, int, int]) -> _Integers:
@@ -160,14 +162,13 @@ def _bucket_ends(drawn_L: npt.NDArray[np.float64], budget: int) -> list[int]:
     present = np.flatnonzero(drawn_L).tolist()
     ends: list[int] = []
     shortest, drawn = present[0], 0.0
-    for size, following in zip(present, [*present[1:], None], strict=True):
+    for size, following in pairwise(present):
         drawn += drawn_L[size]
-        wide = following is not None and following > _GROWTH * shortest and drawn * size >= budget
-        last_that_fits = following is not None and size <= budget < following
-        if following is None or wide or last_that_fits:
+        fills_a_batch = drawn * size >= budget
+        if (following > _GROWTH * shortest and fills_a_batch) or size <= budget < following:
             ends.append(size)
             shortest, drawn = following, 0.0
-    return ends
+    return [*ends, present[-1]]
 
 
 def _random(*key: int, size: int) -> npt.NDArray[np.uint64]:

@@ -13,7 +13,8 @@ from .source import ParallelText
 
 @dataclass(frozen=True, kw_only=True)
 class PartText:
-    """The text of one pair in one part: the pairs of `texts` whose hash, from 0 to 1, is in [`first`, `last`).
+    """The text of one pair in one part: the lines of `texts` whose hash, from 0 to 1, is in
+    [`first`, `last`).
 
     The hash is of the first side alone, so that equal sentences are in one part, whatever they are translated
     to.
@@ -63,9 +64,7 @@ def part_texts(
     for each in found:
         first, second = languages_of(each.pair)
         if both_directions and any(other.pair == pair_name(second, first) for other in found):
-            raise ValueError(
-                f"both_directions: {each.pair} and {second}-{first} are given; give one, its sides in that order"
-            )
+            raise ValueError(f"both_directions: {each.pair} and {second}-{first} are given; give one of them")
     return _held_out(found, shares) if shares else found
 
 

@@ -1,4 +1,4 @@
-"""Parallel text in, translation dataset out: complete or absent, in constant memory but for distinct words."""
+"""Parallel text in, translation dataset out: complete or absent, in memory that distinct words alone grow."""
 
 import hashlib
 import os

@@ -15,7 +15,7 @@ Advance = Callable[[int], None]
 Pairs = list[tuple[str, str]]
 
 _AT_ONCE = 1 << 12
-# Translations of more than this many times, and characters beyond that, the other's length are no translations.
+# What is longer than this many times the other side, and so many characters more, is no translation of it.
 _REASON_TIMES, _REASON_PLUS = 4, 20
 
 
@@ -32,10 +32,10 @@ def read_pairs(source: ParallelText, *, options: TextOptions, advance: Advance) 
 
 def _one_file(source: ParallelText, options: TextOptions, advance: Advance) -> Iterator[Pairs]:
     (path,) = source.files
-    number = 0
+    num_lines = 0
     for lines in read_raw_lines(path, options=options, advance=advance):
         pairs = []
-        for number, line in enumerate(lines, start=number + 1):
+        for number, line in enumerate(lines, start=num_lines + 1):
             if line and not line.isspace():
                 where = f"{path}, line {number}"
                 pairs.append(
@@ -43,6 +43,7 @@ def _one_file(source: ParallelText, options: TextOptions, advance: Advance) -> I
                     if source.is_json
                     else _columns_pair(where, line, source)
                 )
+        num_lines += len(lines)
         if pairs:
             yield pairs
 
@@ -108,6 +109,6 @@ def _refuse_unequal(
         f"the first that looks wrong is {suspicious}" if suspicious else "no pair looks wrong before the end"
     )
     raise ValueError(
-        f"{paths[0]} has {counts[0]:,} lines and {paths[1]} {counts[1]:,}, but they must be translations of each "
-        f"other line by line; {look}"
+        f"{paths[0]} has {counts[0]:,} lines and {paths[1]} {counts[1]:,}, but they must be translations of "
+        f"each other line by line; {look}"
     )

@@ -30,7 +30,7 @@ class ParallelText:
         languages_of(self.pair)
         if len(self.files) not in (1, 2):
             raise ValueError(
-                f"{self.pair}: {len(self.files)} files; give two aligned ones, or one that holds both languages"
+                f"{self.pair}: {len(self.files)} files; give two aligned ones, or one of both languages"
             )
         if len(self.files) == 2:
             self._check_two()
@@ -76,7 +76,7 @@ class ParallelText:
 
 
 def parse_parallel_text(word: str) -> ParallelText:
-    """``en-fr:train.en,train.fr``, ``en-fr:train.tsv``, ``en-fr:train.tsv@1,3``, ``en-fr:train.jsonl@src,ref``.
+    """``en-fr:train.en,train.fr``, ``en-fr:train.tsv``, ``en-fr:train.tsv@1,3`` or ``en-fr:a.jsonl@src,ref``.
 
     ValueError that shows the form. A path that holds a comma has to be linked to another name.
     """

@@ -29,12 +29,15 @@ _MOST = {"train": 500_000, "valid": 20_000, "test": 20_000}
 
 @dataclass(frozen=True, kw_only=True)
 class _Language:
-    """How a language writes. Nouns are plurals, of the same things in all languages, and in Spanish masculine, as
-    its numbers are. plus: a sum, of three numbers."""
+    """How a language writes.
+
+    nouns: plurals with spaces between them, of the same things in all languages; in Spanish masculine, as its
+    numbers are. plus: a sum, of three numbers.
+    """
 
     separator: str
-    nouns: tuple[str, ...]
-    months: tuple[str, ...]
+    nouns: str
+    months: str
     date_in_figures: Callable[[int, str, int], str]
     date_in_words: Callable[[int, str, str], str]
     plus: str
@@ -51,36 +54,24 @@ def _words(language: str, number: int, form: str = "cardinal") -> str:
 _LANGUAGES = {
     "en": _Language(
         separator=",",
-        nouns=tuple(
-            "books houses trees dogs cats windows bridges ships cakes kilometres days months".split()
-        ),
-        months=tuple(
-            "January February March April May June July August September October November December".split()
-        ),
+        nouns="books houses trees dogs cats windows bridges ships cakes kilometres days months",
+        months="January February March April May June July August September October November December",
         date_in_figures=lambda day, month, year: f"{day} {month} {year}",
         date_in_words=lambda day, month, year: f"the {_words('en', day, 'ordinal')} of {month} {year}",
         plus="{} plus {} equals {}",
     ),
     "de": _Language(
         separator=".",
-        nouns=tuple(
-            "Bücher Häuser Bäume Hunde Katzen Fenster Brücken Schiffe Kuchen Kilometer Tage Monate".split()
-        ),
-        months=tuple(
-            "Januar Februar März April Mai Juni Juli August September Oktober November Dezember".split()
-        ),
+        nouns="Bücher Häuser Bäume Hunde Katzen Fenster Brücken Schiffe Kuchen Kilometer Tage Monate",
+        months="Januar Februar März April Mai Juni Juli August September Oktober November Dezember",
         date_in_figures=lambda day, month, year: f"{day}. {month} {year}",
         date_in_words=lambda day, month, year: f"der {_words('de', day, 'ordinal')} {month} {year}",
         plus="{} plus {} ist gleich {}",
     ),
     "fr": _Language(
         separator="\N{NARROW NO-BREAK SPACE}",
-        nouns=tuple(
-            "livres maisons arbres chiens chats fenêtres ponts navires gâteaux kilomètres jours mois".split()
-        ),
-        months=tuple(
-            "janvier février mars avril mai juin juillet août septembre octobre novembre décembre".split()
-        ),
+        nouns="livres maisons arbres chiens chats fenêtres ponts navires gâteaux kilomètres jours mois",
+        months="janvier février mars avril mai juin juillet août septembre octobre novembre décembre",
         date_in_figures=lambda day, month, year: f"{'1er' if day == 1 else day} {month} {year}",
         date_in_words=lambda day, month, year: (
             f"le {'premier' if day == 1 else _words('fr', day)} {month} {year}"
@@ -89,12 +80,10 @@ _LANGUAGES = {
     ),
     "es": _Language(
         separator=".",
-        nouns=tuple(
-            "libros edificios árboles perros gatos cristales puentes barcos pasteles kilómetros días meses".split()
+        nouns=(
+            "libros edificios árboles perros gatos cristales puentes barcos pasteles kilómetros días meses"
         ),
-        months=tuple(
-            "enero febrero marzo abril mayo junio julio agosto septiembre octubre noviembre diciembre".split()
-        ),
+        months="enero febrero marzo abril mayo junio julio agosto septiembre octubre noviembre diciembre",
         date_in_figures=lambda day, month, year: f"{day} de {month} de {year}",
         date_in_words=lambda day, month, year: (
             f"el {'primero' if day == 1 else _words('es', day)} de {month} de {year}"
@@ -127,8 +116,8 @@ def spelled_out(*, source: str, target: str, num_pairs: int, seed: int, part: Pa
 
     No meaning is in two parts, so no line of one is in another, whatever their seeds.
 
-    ValueError for a language that is not of `SPELLED_LANGUAGES`, for twice the same one, for more pairs than a
-    part has, or if num2words is not installed.
+    ValueError for a language that is not of `SPELLED_LANGUAGES`, for twice the same one, for more pairs than
+    a part has, or if num2words is not installed.
     """
     for language in (source, target):
         if language not in _LANGUAGES:
@@ -149,7 +138,8 @@ def spelled_out(*, source: str, target: str, num_pairs: int, seed: int, part: Pa
         if meaning.part == part and meaning not in drawn:
             drawn[meaning] = None
             in_figures = choose.random() < 0.5
-            pairs.append((_written(meaning, source, in_figures), _written(meaning, target, False)))
+            line = written(meaning, source, in_figures=in_figures)
+            pairs.append((line, written(meaning, target, in_figures=False)))
     return pairs
 
 
@@ -176,7 +166,7 @@ def _draw(choose: random.Random) -> Meaning:
             number = _number(choose, 5) + 2
             # After a one, languages disagree on number and gender.
             number += number % 10 == 1
-            return Meaning(kind, (number, choose.randrange(len(_LANGUAGES["en"].nouns))))
+            return Meaning(kind, (number, choose.randrange(len(_LANGUAGES["en"].nouns.split()))))
         case "date":
             return Meaning(
                 kind, (choose.randrange(1, 29), choose.randrange(12), choose.randrange(1700, 2100))
@@ -191,7 +181,8 @@ def _number(choose: random.Random, max_digits: int) -> int:
     return choose.randrange(10 ** (digits - 1) if digits > 1 else 0, 10**digits)
 
 
-def _written(meaning: Meaning, code: str, in_figures: bool) -> str:
+def written(meaning: Meaning, code: str, *, in_figures: bool) -> str:
+    """A meaning as a line of the language with that code."""
     language = _LANGUAGES[code]
 
     def number(value: int) -> str:
@@ -201,11 +192,11 @@ def _written(meaning: Meaning, code: str, in_figures: bool) -> str:
         case "number", (value,):
             return number(value)
         case "quantity", (value, noun):
-            return f"{number(value)} {language.nouns[noun]}"
+            return f"{number(value)} {language.nouns.split()[noun]}"
         case "date", (day, month, year) if in_figures:
-            return language.date_in_figures(day, language.months[month], year)
+            return language.date_in_figures(day, language.months.split()[month], year)
         case "date", (day, month, year):
-            return language.date_in_words(day, language.months[month], _words(code, year, "year"))
+            return language.date_in_words(day, language.months.split()[month], _words(code, year, "year"))
         case "sum", (first, second):
             return language.plus.format(number(first), number(second), number(first + second))
         case _:

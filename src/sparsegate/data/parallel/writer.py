@@ -67,7 +67,7 @@ def write_bitext(
     keep: LengthFilter | None,
     sources: list[SourceFile],
 ) -> BitextManifest:
-    """Write what `keep` (None: everything) leaves of all `batches` of clean lines. ValueError if that is none."""
+    """Write what `keep` (None: everything) leaves of the `batches` of clean lines. ValueError if none is."""
     left_out: dict[str, int] = {}
     num_kept = 0
     with ExitStack() as stack:
