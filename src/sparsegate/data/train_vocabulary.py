@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable
+from itertools import chain, islice
 from typing import Literal, get_args
 
 from .normalization import Normalization, normalize
@@ -49,14 +50,23 @@ def check_size(kind: VocabularyKind, size: int | None) -> None:
 
 
 def count_words(batches: Iterable[list[str]], normalization: Normalization) -> Counter[str]:
-    """How often each word stands in the lines, line ends as ``"\\n"``; too long words are unknown."""
+    """How often each word stands in the lines, line ends as ``"\\n"``; too long words are unknown.
+
+    Memory grows with the number of distinct words of up to 128 characters, and with nothing else.
+    """
     count: Counter[str] = Counter()
     for lines in batches:
-        words = normalization.words("\n".join((*lines, "")))
-        if max(map(len, words), default=0) > MAX_WORD_LENGTH:
-            words = [word if len(word) <= MAX_WORD_LENGTH else UNKNOWN for word in words]
-        count.update(words)
+        known = len(count)
+        count.update(chain.from_iterable(map(normalization.split, map(normalize, lines))))
+        # New words stand last.
+        for word in [word for word in islice(reversed(count), len(count) - known) if _is_too_long(word)]:
+            count[UNKNOWN] += count.pop(word)
+        count["\n"] += len(lines)
     return count
+
+
+def _is_too_long(word: str) -> bool:
+    return len(word) > MAX_WORD_LENGTH
 
 
 def count_characters(batches: Iterable[list[str]]) -> Counter[str]:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import repeat
+from itertools import chain, repeat
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -43,9 +43,8 @@ class WordVocabulary(Vocabulary):
                     f"words: {word[:40]!r} is not one word of at most {MAX_WORD_LENGTH} characters"
                 )
         self._id_of = {word: token for token, word in enumerate(self._words)}
-        # The end of a sentence is written as a line feed; as a word of the text it is like any other unknown.
+        # As a word of the text it is like any other unknown.
         self._id_of[END] = UNKNOWN_ID
-        self._id_of["\n"] = END_ID
 
     @classmethod
     def from_counts(cls, count: Mapping[str, int], *, size: int | None, normalization: Normalization) -> Self:
@@ -87,9 +86,12 @@ class WordVocabulary(Vocabulary):
 
     def encode_lines(self, lines: Sequence[str]) -> npt.NDArray[np.int64]:
         check_lines(lines)
-        words = self._normalization.words("\n".join((*lines, "")))
-        ids = map(self._id_of.get, words, repeat(UNKNOWN_ID))
-        return np.fromiter(ids, dtype=np.int64, count=len(words))
+        words_of_line = list(map(self._normalization.split, map(normalize, lines)))
+        end_N = np.cumsum([len(words) for words in words_of_line], dtype=np.int64)
+        num_words = int(end_N[-1]) if len(lines) else 0
+        ids = map(self._id_of.get, chain.from_iterable(words_of_line), repeat(UNKNOWN_ID))
+        id_N = np.fromiter(ids, dtype=np.int64, count=num_words)
+        return np.insert(id_N, end_N, END_ID)
 
     def decode(self, ids: Iterable[int]) -> str:
         words = [self._words[token] if token != END_ID else "\n" for token in check_ids(ids, self.size)]
