@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparsegate.data import TextOptions, prepare, text
+from sparsegate.data import TextOptions, prepare, spans
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.data.children"])
@@ -58,7 +58,7 @@ def make_and_die(options: Options, at_change: int) -> None:
 
 def peak_memory(options: Options) -> int:
     """The most memory, in bytes, that the process has held when the dataset is made of small reads."""
-    text.READ_BYTES = 1 << 15
+    spans.READ_BYTES = 1 << 15
     prepare(**options)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-from sparsegate.data import Dataset, TextOptions, prepare
+from sparsegate.data import Dataset, Normalization, TextOptions, Vocabulary, prepare
+from sparsegate.data.train_vocabulary import CountedKind, count_entries, vocabulary_of_counts
 
 # Letters, combining marks, joiners, apostrophes, digits, ASCII marks, kinds of white space, planes above 0.
 CURIOUS = "aZé\u0301\u0308ß\u0e33\u0915\u094d\u200c\u200d'’\"`07²½_.,-=()<>/&中😀\U0001d165\ufeff"
@@ -13,6 +14,19 @@ CURIOUS += " \t\u00a0\u2028\x0b\r\x85\x00"
 lines = st.text(
     st.one_of(st.sampled_from(CURIOUS), st.characters(exclude_categories=["Cs"])), max_size=40
 ).map(lambda line: line.replace("\n", ""))
+
+
+def train_vocabulary(
+    kind: CountedKind,
+    batches: list[list[str]],
+    *,
+    size: int | None,
+    normalization: Normalization,
+    min_count: int = 1,
+) -> Vocabulary:
+    """The vocabulary of batches of lines."""
+    count = count_entries(kind, batches, normalization=normalization)
+    return vocabulary_of_counts(kind, count, size=size, min_count=min_count, normalization=normalization)
 
 
 def write(path: Path, text: str | bytes) -> Path:

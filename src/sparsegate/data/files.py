@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -106,28 +106,41 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def new_directory(target: Path) -> Iterator[Path]:
+def new_directory(target: Path, *, key: str) -> Iterator[Path]:
     """A temporary directory beside `target` that becomes `target` when the block ends without an error.
 
-    `target` must not exist or be an empty directory: FileExistsError otherwise. After an error nothing is
-    left. What a killed process left beside `target` is removed first; one still in use is left alone.
+    `target` must not exist or be an empty directory: FileExistsError otherwise, and also where another
+    process is at work on the same. After an error nothing is left. What a process left that was killed or
+    interrupted, or whose child was killed (ChildProcessError), is the directory of the next with the same
+    `key`; of other keys it is removed.
     """
     refuse_existing(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_what_the_dead_left(target)
-    temporary = _temporary_beside(target)
+    temporary = target.with_name(f".tmp-{target.name}-{key}")
     with _lock_of(temporary).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        _lock_or_refuse(lock, target)
+        _remove_what_the_dead_left(target)
         try:
-            temporary.mkdir()
+            temporary.mkdir(exist_ok=True)
             yield temporary
             fsync(temporary)
             refuse_existing(target)
             temporary.rename(target)
-        finally:
+        except ChildProcessError:
+            raise
+        except Exception:
             shutil.rmtree(temporary, ignore_errors=True)
             _lock_of(temporary).unlink(missing_ok=True)
+            raise
+        _lock_of(temporary).unlink(missing_ok=True)
     fsync(target.parent)
+
+
+def _lock_or_refuse(lock: IO[str], target: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise FileExistsError(f"{target}: another process is making it; wait for it, or end it") from None
 
 
 def _remove_what_the_dead_left(target: Path) -> None:
