@@ -58,14 +58,14 @@ def _check_one_format(directory: Path, files: Sequence[Path]) -> None:
 def check_shards(files: Iterable[Path], *, first: int | None = None) -> None:
     """ValueError that names what is missing of shards called ``...-00003-of-00100...``, and for an empty one.
 
-    first: the number of the first shard; None: 0, or 1 where there is no 0.
+    first: the number of the first shard; None: 0, or 1 where the last has the number of all.
     """
     sets: defaultdict[tuple[Path, str, str, str], dict[int, Path]] = defaultdict(dict)
     for file in files:
         if match := _SHARD.fullmatch(file.name):
             sets[file.parent, match["before"], match["count"], match["after"]][int(match["number"])] = file
     for (folder, before, count, after), shards in sets.items():
-        begin = first if first is not None else (0 if 0 in shards else 1)
+        begin = first if first is not None else int(int(count) in shards)
         end = int(count) + (begin if first is None else 0)
         missing = [number for number in range(begin, end) if number not in shards]
         if missing:
