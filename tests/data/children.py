@@ -74,6 +74,11 @@ def error_with_small_files(options: Options, limit: int) -> str:
     return ""
 
 
+def many_parts(output: Path, source: Path, kind: str, *, workers: int) -> Options:
+    """Some fifty parts of each text of a megabyte."""
+    return {**options_for(output, source, kind), "workers": workers, "part_bytes": 20_000}
+
+
 def options_for(output: Path, source: Path, kind: str) -> Options:
     size = {"subwords": 400}.get(kind)
     return {

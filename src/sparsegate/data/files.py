@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 Model = TypeVar("Model", bound=BaseModel)
 
 MAX_JSON_BYTES = 64 << 20
+TEMPORARY = ".tmp-"
 _LOCK = ".lock"
 _SEAL = re.compile(rb',\n  "sha256": "([0-9a-f]{64})"\n}\n\Z')
 
@@ -116,7 +117,7 @@ def new_directory(target: Path, *, key: str) -> Iterator[Path]:
     """
     refuse_existing(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".tmp-{target.name}-{key}")
+    temporary = target.with_name(f"{TEMPORARY}{target.name}-{key}")
     with _lock_of(temporary).open("w") as lock:
         _lock_or_refuse(lock, target)
         _remove_what_the_dead_left(target)
@@ -145,7 +146,7 @@ def _lock_or_refuse(lock: IO[str], target: Path) -> None:
 
 def _remove_what_the_dead_left(target: Path) -> None:
     """A lock ends with the process that holds it: what can be locked is nobody's."""
-    prefix = f".tmp-{target.name}-"
+    prefix = f"{TEMPORARY}{target.name}-"
     for path in sorted(target.parent.iterdir()):
         if path.name.startswith(prefix) and path.suffix == _LOCK:
             with suppress(BlockingIOError, FileNotFoundError), path.open("r") as lock:
@@ -166,4 +167,4 @@ def refuse_existing(target: Path) -> None:
 
 
 def _temporary_beside(path: Path) -> Path:
-    return path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
+    return path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(4)}")

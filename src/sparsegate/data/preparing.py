@@ -18,7 +18,7 @@ from pathlib import Path
 from .corpus import Corpus, HoldOut, corpus_of
 from .counting import make_counting, merged_counts
 from .dataset import MANIFEST, VOCABULARY, Dataset, Manifest, SplitManifest, VocabularyManifest
-from .files import new_directory, refuse_existing, sealed, write_atomically
+from .files import TEMPORARY, new_directory, refuse_existing, sealed, write_atomically
 from .normalization import Normalization
 from .parts import PART_BYTES, Part, parts_of
 from .pieces import Pieces
@@ -161,6 +161,8 @@ class _Making:
         read = [*parts, *(self._train_parts if choice.reads_text else [])]
         self._total = sum(part.num_bytes for part in read)
         (directory / _PIECES).mkdir(exist_ok=True)
+        for unfinished in directory.glob(f"{TEMPORARY}*"):
+            unfinished.unlink()
 
     def vocabulary(self) -> Vocabulary:
         """The vocabulary, which then stands in the directory."""
