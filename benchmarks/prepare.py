@@ -3,8 +3,8 @@
     python -m benchmarks.prepare TEXT ... --megabytes 1000
 
 The text is made of the lines of the given files, drawn again and again until there is enough, in shards.
-It is prepared by each number of workers, and once more with that many kills at random moments, each followed by the
-same command again; every dataset must have the same bytes before anything is reported.
+It is prepared by each number of workers, and once more with that many kills at random moments, each followed
+by the same command again; every dataset must have the same bytes before anything is reported.
 
 MB/s: megabytes of text over the whole time of the command, which reads the text twice: to count its words,
 and to encode them. peak PSS, RSS: of all processes together; RSS counts pages that they share several times.

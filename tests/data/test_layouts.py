@@ -9,19 +9,7 @@ import pytest
 from sparsegate.data import prepare
 from sparsegate.data.layouts import layout_of
 from sparsegate.data.text_files import text_files
-from tests.data.making import write
-
-TRAINING = "training-monolingual.tokenized.shuffled"
-HELD_OUT = "heldout-monolingual.tokenized.shuffled"
-
-
-def billion_words(folder: Path) -> Path:
-    for number in range(1, 100):
-        write(folder / TRAINING / f"news.en-{number:05}-of-00100", f"train {number} .\n\n")
-    for number in range(50):
-        write(folder / HELD_OUT / f"news.en.heldout-{number:05}-of-00050", f"held out {number} .\n")
-    write(folder / "README", "not text to train on\n")
-    return folder
+from tests.data.making import HELD_OUT, TRAINING, billion_words, write
 
 
 def wikitext(folder: Path, ending: str = "tokens") -> Path:

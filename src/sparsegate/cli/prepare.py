@@ -86,7 +86,7 @@ def _add_reading(group: ArgumentGroup) -> None:
     group.add_argument(
         "--workers",
         type=int,
-        default=len(os.sched_getaffinity(0)),
+        default=os.cpu_count() or 1,
         metavar="N",
         help="processes that read; the result is the same for any number (default: one for each core)",
     )

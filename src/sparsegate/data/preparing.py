@@ -132,7 +132,8 @@ def _key(corpus: Corpus, choice: VocabularyChoice, part_bytes: int) -> str:
     files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in corpus.files]
     divisions = [(len(text.files), asdict(text.division)) for text in corpus.texts]
     what = [_PIECES_FORMAT, unicodedata.unidata_version, part_bytes, choice.identity, files, divisions]
-    text = json.dumps([*what, asdict(corpus.options), corpus.layout])
+    held_out = corpus.held_out and corpus.held_out.model_dump()
+    text = json.dumps([*what, asdict(corpus.options), corpus.layout, held_out])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
