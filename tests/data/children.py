@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparsegate.data import TextOptions, prepare, text
+from sparsegate.data import TextOptions, prepare, spans
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.data.children"])
@@ -63,7 +63,7 @@ def die_at_change(at_change: int) -> None:
 
 def peak_memory(options: Options) -> int:
     """The most memory, in bytes, that the process has held when the dataset is made of small reads."""
-    text.READ_BYTES = 1 << 15
+    spans.READ_BYTES = 1 << 15
     prepare(**options)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -77,6 +77,11 @@ def error_with_small_files(options: Options, limit: int) -> str:
     except OSError as error:
         return str(error)
     return ""
+
+
+def many_parts(output: Path, source: Path, kind: str, *, workers: int) -> Options:
+    """Some fifty parts of each text of a megabyte."""
+    return {**options_for(output, source, kind), "workers": workers, "part_bytes": 20_000}
 
 
 def options_for(output: Path, source: Path, kind: str) -> Options:

@@ -17,9 +17,8 @@ from sparsegate.data import (
 from sparsegate.data.files import sealed
 from sparsegate.data.joint_subwords import JointSubwords
 from sparsegate.data.normalization import PLAIN, TOKENIZED, normalize
-from sparsegate.data.train_vocabulary import train_vocabulary
 from sparsegate.data.vocabulary import token_dtype
-from tests.data.making import CURIOUS, lines
+from tests.data.making import CURIOUS, lines, train_vocabulary
 
 TRAINING = [
     [

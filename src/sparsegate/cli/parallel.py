@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..data.parallel import LengthFilter, TranslationDataset, parse_parallel_text, prepare_translation
-from ..data.text import TextOptions
+from ..data.text_options import TextOptions
 from .verb import Parser
 
 _FORM = "LANGUAGES:FILES"
@@ -19,6 +19,7 @@ _TEXT_ALONE = {
     "valid": [],
     "test": [],
     "vocabulary": None,
+    "min_count": 1,
     "tokenized": False,
     "hold_out": "lines",
     "field": "text",

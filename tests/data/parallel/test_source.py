@@ -41,6 +41,7 @@ def test_a_parallel_text_is_written_in_one_word(
         ("en-fr:a,b,c", "en-fr: 3 files; give two aligned ones, or one of both languages"),
         ("en-fr:a.en,a.en", "a.en: given for both languages; give one file for each"),
         ("en-fr:a.jsonl,b.jsonl", "a.jsonl: give JSON lines alone, with both languages in each object"),
+        ("en-fr:a.parquet", "a.parquet: parquet; give parallel text as columns or JSON lines"),
         ("en-fr:a.tsv@0,1", "a.tsv: column '0' must be a number, counted from 1"),
         ("en-fr:a.tsv@en,fr", "a.tsv: column 'en' must be a number"),
     ],

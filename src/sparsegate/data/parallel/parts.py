@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..languages import languages_of, pair_name
-from ..text import TextOptions
+from ..text_options import TextOptions
 from .cleaning import clean_line
 from .reading import Advance, Pairs, read_pairs
 from .source import ParallelText

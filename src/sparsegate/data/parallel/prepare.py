@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from ..files import new_directory, refuse_existing, sealed, write_atomically
 from ..joint_subwords import JointSubwords, smallest_size
 from ..languages import languages_of
 from ..storage import save_vocabulary
-from ..text import TextOptions
+from ..text_options import TextOptions
 from .cleaning import CLEANING
 from .dataset import (
     MANIFEST,
@@ -71,7 +72,8 @@ def prepare_translation(
     learned = [] if vocabulary_from else [text for text in parts if text.part == "train"]
     make = _vocabulary_maker(vocabulary_size, vocabulary_from, _languages(parts), has_train=bool(train))
     read = Reader(passes=(*learned, *parts), options=text or TextOptions(), progress=progress)
-    with new_directory(output) as directory:
+    # A key of its own: what a killed process left is made anew, and not gone on with.
+    with new_directory(output, key=secrets.token_hex(8)) as directory:
         vocabulary = make(_sides(read, learned))
         save_vocabulary(vocabulary, directory / VOCABULARY)
         bitexts: dict[str, dict[str, BitextManifest]] = {}

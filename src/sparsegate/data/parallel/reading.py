@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 
-from ..text import TextOptions, read_raw_lines, text_fields
+from ..text import read_raw_lines, text_fields
+from ..text_options import TextOptions
 from .source import ParallelText
 
 Advance = Callable[[int], None]
@@ -49,7 +50,7 @@ def _one_file(source: ParallelText, options: TextOptions, advance: Advance) -> I
 
 
 def _objects_pair(where: str, line: str, source: ParallelText, options: TextOptions) -> tuple[str, str]:
-    first, second = text_fields(where, line, source.keys, options)
+    first, second = text_fields(lambda: where, line, source.keys, options)
     return first, second
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..languages import languages_of, pair_name
-from ..text import is_json_lines, text_files
+from ..text import format_of
+from ..text_files import text_files
 
 _FILE_AND_FIELDS = re.compile(r"([^,]+)@([^@/,]+),([^@/,]+)")
 
@@ -32,6 +33,9 @@ class ParallelText:
             raise ValueError(
                 f"{self.pair}: {len(self.files)} files; give two aligned ones, or one of both languages"
             )
+        for file in self.files:
+            if format_of(file) == "parquet":
+                raise ValueError(f"{file}: parquet; give parallel text as columns or JSON lines")
         if len(self.files) == 2:
             self._check_two()
         elif self.fields is not None and not self.is_json:
@@ -43,7 +47,7 @@ class ParallelText:
         if self.fields is not None:
             raise ValueError(f"{self.pair}: fields are of one file, but two are given")
         for file in self.files:
-            if is_json_lines(file):
+            if format_of(file) == "JSON lines":
                 raise ValueError(f"{file}: give JSON lines alone, with both languages in each object")
         if self.files[0].resolve() == self.files[1].resolve():
             raise ValueError(f"{self.files[0]}: given for both languages; give one file for each")
@@ -56,7 +60,7 @@ class ParallelText:
     @property
     def is_json(self) -> bool:
         """Whether each line is a JSON object."""
-        return is_json_lines(self.files[0])
+        return format_of(self.files[0]) == "JSON lines"
 
     @property
     def keys(self) -> tuple[str, str]:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ..dataset import SENTENCE_DTYPE, SplitManifest
 from ..joint_subwords import JointSubwords
 from ..languages import languages_of
-from ..token_writer import DigestedFile
+from ..pieces import DigestedFile
 from ..vocabulary import token_dtype
 from .dataset import BitextManifest, SourceFile, side_name
 from .filters import LengthFilter, Lengths
@@ -34,8 +34,8 @@ class _Side:
     def write(self, lines: list[str], token_N: Tokens, length_N: Lengths) -> None:
         """Some lines, their tokens one after the other, and how many each has, its end included."""
         end_N = np.cumsum(length_N) + self._num_tokens
-        self._tokens.write(token_N.astype(self._dtype))
-        self._sentences.write(end_N.astype(SENTENCE_DTYPE))
+        self._tokens.write(token_N.astype(self._dtype).tobytes())
+        self._sentences.write(end_N.astype(SENTENCE_DTYPE).tobytes())
         self._num_tokens += len(token_N)
         self._num_sentences += len(lines)
         self._num_words += self._vocabulary.normalization.count_words(lines)
