@@ -32,6 +32,7 @@ def test_each_pair_is_left_out_for_the_first_reason_that_holds(
     [
         ({"max_subwords": 0}, r"max_subwords \(0\) must be at least 1"),
         ({"max_ratio": 0.9}, r"max_ratio \(0.9\) must be at least 1"),
+        ({"max_ratio": float("inf")}, r"max_ratio \(inf\) must be at least 1, and finite"),
         ({"max_ratio": float("nan")}, r"max_ratio \(nan\) must be at least 1"),
     ],
 )

@@ -1,5 +1,6 @@
 """Which pairs are fit to be learned from."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +26,8 @@ class LengthFilter:
     def __post_init__(self) -> None:
         if self.max_subwords < 1:
             raise ValueError(f"max_subwords ({self.max_subwords}) must be at least 1")
-        if not self.max_ratio >= 1:
-            raise ValueError(f"max_ratio ({self.max_ratio}) must be at least 1")
+        if not 1 <= self.max_ratio < math.inf:
+            raise ValueError(f"max_ratio ({self.max_ratio}) must be at least 1, and finite")
 
     def reasons(self, first_N: Lengths, second_N: Lengths) -> dict[str, npt.NDArray[Any]]:
         """For each reason to leave a pair out, a boolean for each pair of lengths, which has one at most."""

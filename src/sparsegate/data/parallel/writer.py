@@ -1,6 +1,6 @@
 """Writes both sides of a pair in step, and counts and digests what it writes."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from .filters import LengthFilter, Lengths
 from .reading import Pairs
 
 Tokens = npt.NDArray[np.int64]
-Report = Callable[[int, dict[str, int]], None]
 
 
 class _Side:
@@ -76,19 +75,7 @@ def write_bitext(
             for language in languages_of(pair)
         ]
         for pairs in batches:
-            both_lines = [list(lines) for lines in zip(*pairs, strict=True)] or [[], []]
-            both_tokens = [vocabulary.encode_lines(lines) for lines in both_lines]
-            both_lengths = [_lengths(token_N, vocabulary.end_id) for token_N in both_tokens]
-            kept_N = _kept(keep, both_lengths, left_out)
-            num_kept += int(kept_N.sum())
-            for side, lines, token_N, length_N in zip(
-                sides, both_lines, both_tokens, both_lengths, strict=True
-            ):
-                side.write(
-                    [line for line, kept in zip(lines, kept_N, strict=True) if kept],
-                    token_N[np.repeat(kept_N, length_N)],
-                    length_N[kept_N],
-                )
+            num_kept += _write(pairs, sides, vocabulary, keep, left_out)
         if num_kept == 0:
             names = ", ".join(source.name for source in sources[:3])
             counts = ", ".join(f"{number:,} {reason}" for reason, number in left_out.items() if number)
@@ -96,6 +83,24 @@ def write_bitext(
             raise ValueError(f"{part}, {pair}: no pair of {names} is left ({counts or 'none read'}); {cure}")
         first, second = (side.manifest() for side in sides)
     return BitextManifest(first=first, second=second, left_out=left_out, sources=sources)
+
+
+def _write(
+    pairs: Pairs,
+    sides: list[_Side],
+    vocabulary: JointSubwords,
+    keep: LengthFilter | None,
+    left_out: dict[str, int],
+) -> int:
+    """Write a batch of pairs, and return how many were kept; the others are counted in `left_out`."""
+    both_lines = [list(lines) for lines in zip(*pairs, strict=True)] or [[], []]
+    both_tokens = [vocabulary.encode_lines(lines) for lines in both_lines]
+    both_lengths = [_lengths(token_N, vocabulary.end_id) for token_N in both_tokens]
+    kept_N = _kept(keep, both_lengths, left_out)
+    for side, lines, token_N, length_N in zip(sides, both_lines, both_tokens, both_lengths, strict=True):
+        kept_lines = [line for line, kept in zip(lines, kept_N, strict=True) if kept]
+        side.write(kept_lines, token_N[np.repeat(kept_N, length_N)], length_N[kept_N])
+    return int(kept_N.sum())
 
 
 def _lengths(token_N: Tokens, end_id: int) -> Lengths:
