@@ -14,6 +14,7 @@ from .vocabulary import END, UNKNOWN, Vocabulary, check_ids, check_lines
 END_ID = 0
 UNKNOWN_ID = 1
 MAX_WORD_LENGTH = 128
+_LINE_END = ("\n",)
 
 
 def most_common(count: Mapping[str, int], *, size: int | None, min_count: int) -> list[str]:
@@ -46,8 +47,9 @@ class WordVocabulary(Vocabulary):
                     f"words: {word[:40]!r} is not one word of at most {MAX_WORD_LENGTH} characters"
                 )
         self._id_of = {word: token for token, word in enumerate(self._words)}
-        # As a word of the text it is like any other unknown.
+        # The end of a sentence is looked up as a line feed; as a word of the text it is like any unknown.
         self._id_of[END] = UNKNOWN_ID
+        self._id_of["\n"] = END_ID
 
     @classmethod
     def from_counts(
@@ -94,12 +96,10 @@ class WordVocabulary(Vocabulary):
 
     def encode_lines(self, lines: Sequence[str]) -> npt.NDArray[np.int64]:
         check_lines(lines)
-        words_of_line = list(map(self._normalization.split, map(normalize, lines)))
-        end_N = np.cumsum([len(words) for words in words_of_line], dtype=np.int64)
-        num_words = int(end_N[-1]) if len(lines) else 0
-        ids = map(self._id_of.get, chain.from_iterable(words_of_line), repeat(UNKNOWN_ID))
-        id_N = np.fromiter(ids, dtype=np.int64, count=num_words)
-        return np.insert(id_N, end_N, END_ID)
+        # In one stream, so that each word is looked up while it is still in the processor's cache.
+        ended = zip(map(self._normalization.split, map(normalize, lines)), repeat(_LINE_END))
+        words = chain.from_iterable(chain.from_iterable(ended))
+        return np.fromiter(map(self._id_of.get, words, repeat(UNKNOWN_ID)), dtype=np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
         words = [self._words[token] if token != END_ID else "\n" for token in check_ids(ids, self.size)]
