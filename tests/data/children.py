@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparsegate.data import TextOptions, prepare, text
+from sparsegate.data import TextOptions, prepare, spans
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.data.children"])
@@ -41,7 +41,13 @@ def make(options: Options) -> None:
 
 
 def make_and_die(options: Options, at_change: int) -> None:
-    """Die of SIGKILL before the `at_change`-th file or folder is opened for writing, renamed or removed."""
+    """Die of SIGKILL before the `at_change`-th change that the making brings to the disk."""
+    die_at_change(at_change)
+    prepare(**options)
+
+
+def die_at_change(at_change: int) -> None:
+    """From now on, die before the `at_change`-th file or folder is opened for writing, renamed or removed."""
     changes = 0
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
@@ -53,12 +59,11 @@ def make_and_die(options: Options, at_change: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
-    prepare(**options)
 
 
 def peak_memory(options: Options) -> int:
     """The most memory, in bytes, that the process has held when the dataset is made of small reads."""
-    text.READ_BYTES = 1 << 15
+    spans.READ_BYTES = 1 << 15
     prepare(**options)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -72,6 +77,11 @@ def error_with_small_files(options: Options, limit: int) -> str:
     except OSError as error:
         return str(error)
     return ""
+
+
+def many_parts(output: Path, source: Path, kind: str, *, workers: int) -> Options:
+    """Some fifty parts of each text of a megabyte."""
+    return {**options_for(output, source, kind), "workers": workers, "part_bytes": 20_000}
 
 
 def options_for(output: Path, source: Path, kind: str) -> Options:

@@ -1,3 +1,5 @@
+import itertools
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsegate.data import Batch, ContinuousBatches, SentenceBatches, TokenFile
+from sparsegate.data import Batch, ContinuousBatches, SentenceBatches, TokenFile, batches
+from sparsegate.data.permutation import Permutation, random_numbers
 from tests.data.making import dataset_of, prose
 
 
@@ -187,12 +190,102 @@ def in_memory(lengths: list[int]) -> TokenFile:
     for length in lengths:
         token_N += [len(token_N) + place + 1 for place in range(length)] + [0]
         ends.append(len(token_N))
-    return InMemory(np.array(token_N, dtype="<u2"), np.array(ends, dtype="<u8"))  # type: ignore[return-value]
+    return InMemory(np.array(token_N, dtype="<u4"), np.array(ends, dtype="<u8"))  # type: ignore[return-value]
 
 
-def test_orders_are_drawn_from_numbers_that_no_version_of_numpy_changes() -> None:
-    """NumPy promises the raw numbers of a bit generator, not what its distributions make of them."""
-    assert np.random.PCG64([0, 1]).random_raw(2).tolist() == [16412783775159424549, 10277383025879800780]
+def plain_epoch(lengths: list[int], batch_words: int, max_length: int, seed: int) -> list[list[range]]:
+    """The batches of epoch 0, each piece as the range of its positions: the docstring, in plain loops."""
+    num_tokens = sum(lengths)
+    starts = [sum(lengths[:number]) for number in range(len(lengths))]
+    pieces = [
+        range(start + first, start + min(first + max_length, length))
+        for start, length in zip(starts, lengths, strict=True)
+        for first in range(0, length, max_length)
+    ]
+    num_batches = max(1, num_tokens // batch_words)
+    num_blocks = max(1, num_tokens // max_length)
+    block_of = [min(piece.start // max_length, num_blocks - 1) for piece in pieces]
+    order = Permutation(size=num_blocks, seed=(seed, 0))(np.arange(num_blocks)).tolist()
+    num_windows = -(-num_batches // max(1, batches._BLOCKS_AT_ONCE * max_length // batch_words))
+    found: list[list[range]] = []
+    for window in range(num_windows):
+        first, after = (number * num_batches // num_windows for number in (window, window + 1))
+        blocks = order[first * num_blocks // num_batches : after * num_blocks // num_batches]
+        rest = [[p for p, of in zip(pieces, block_of, strict=True) if of == block] for block in blocks]
+        # What is left behind the last whole block is drawn for last.
+        tail = [p for each in rest for p in each if p.start >= num_blocks * max_length]
+        drawn = [p for each in rest for p in each if p not in tail] + tail
+        draw = random_numbers((seed, 0, window), len(drawn) + after - first).tolist()
+        ordered = sorted(range(len(drawn)), key=lambda n: (len(drawn[n]), draw[n]))
+        total, cuts, done = sum(map(len, drawn)), [], 0
+        for number in ordered:
+            cuts.append(done * (after - first) // total)
+            done += len(drawn[number])
+        begins = [sum(cut < number for cut in cuts) for number in range(after - first + 1)]
+        for number in range(1, len(begins)):
+            begins[number] = max(begins[number], begins[number - 1] + 1)
+        for number in range(len(begins)):
+            begins[number] = min(begins[number], len(drawn) - (len(begins) - 1 - number))
+        of_window = [[drawn[n] for n in ordered[begin:end]] for begin, end in itertools.pairwise(begins)]
+        found += [of_window[n] for n in sorted(range(after - first), key=lambda n: draw[len(drawn) + n])]
+    return found
+
+
+@pytest.mark.parametrize("blocks_at_once", [1 << 16, 8])
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=60),
+    batch_words=st.integers(1, 60),
+    max_length=st.integers(1, 40),
+    seed=st.integers(0, 2**63),
+)
+def test_sentence_batches_are_those_of_plain_loops(
+    blocks_at_once: int, lengths: list[int], batch_words: int, max_length: int, seed: int
+) -> None:
+    max_length = min(max_length, batch_words)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(batches, "_BLOCKS_AT_ONCE", blocks_at_once)
+        token_file = in_memory([length - 1 for length in lengths])
+        made = SentenceBatches(
+            token_file=token_file, batch_words=batch_words, max_length=max_length, seed=seed
+        )
+        expected = plain_epoch(lengths, batch_words, max_length, seed)
+    rows = [
+        [row[mask].tolist() for row, mask in zip(batch.target_BS, batch.mask_BS, strict=True)]
+        for batch in epoch_of(made, 0)
+    ]
+    stream = token_file.token_N.tolist()
+    assert rows == [[[stream[place] for place in piece] for piece in batch] for batch in expected]
+
+
+def test_batches_of_many_windows_hold_as_many_words_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where one sentence is longer than all others together."""
+    monkeypatch.setattr(batches, "_BLOCKS_AT_ONCE", 64)
+    lengths = [(number * 7) % 31 for number in range(3000)]
+    token_file = in_memory([*lengths[:1000], 60_000, *lengths[1000:]])
+    made = SentenceBatches(token_file=token_file, batch_words=400, max_length=20, seed=0)
+    assert made._num_windows > 50
+    sizes = [batch.num_tokens for batch in epoch_of(made, 1)]
+    assert len(sizes) == token_file.num_tokens // 400
+    assert 0.7 * 400 < min(sizes) <= max(sizes) < 1.3 * 400
+
+
+def test_memory_does_not_grow_with_the_number_of_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "_BLOCKS_AT_ONCE", 1 << 8)
+    peaks = []
+    for num_sentences in (1 << 15, 1 << 21):
+        token_N = np.tile(np.array([5, 0], dtype="<u2"), num_sentences)
+        ends_N = 2 * np.arange(1, num_sentences + 1, dtype="<u8")
+        tracemalloc.start()
+        made = SentenceBatches(
+            token_file=InMemory(token_N, ends_N),  # type: ignore[arg-type]
+            batch_words=5000,
+            max_length=50,
+            seed=0,
+        )
+        assert abs(made.batch(3).num_tokens / 5000 - 1) < 0.1
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.1 * peaks[0] < 8 << 20
 
 
 def test_impossible_batches_are_refused(numbered: TokenFile) -> None:

@@ -7,7 +7,7 @@ from sparsegate.data.files import new_directory, refuse_existing, write_atomical
 
 def test_a_directory_appears_when_it_is_complete(tmp_path: Path) -> None:
     target = tmp_path / "below" / "target"
-    with new_directory(target) as directory:
+    with new_directory(target, key="0") as directory:
         (directory / "file").write_text("content")
         assert not target.exists()
         assert directory.parent == target.parent
@@ -15,13 +15,13 @@ def test_a_directory_appears_when_it_is_complete(tmp_path: Path) -> None:
     assert list(target.parent.iterdir()) == [target]
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("error", [ValueError, OSError, AssertionError])
 def test_an_error_leaves_nothing_and_an_empty_target_alone(
     error: type[BaseException], tmp_path: Path
 ) -> None:
     target = tmp_path / "target"
     target.mkdir()
-    with pytest.raises(error), new_directory(target) as directory:  # noqa: PT012
+    with pytest.raises(error), new_directory(target, key="0") as directory:  # noqa: PT012
         (directory / "file").write_text("content")
         raise error
     assert list(tmp_path.rglob("*")) == [target]
@@ -37,19 +37,54 @@ def test_what_exists_is_refused_and_stays(kind: str, tmp_path: Path) -> None:
     message = rf"{kind}: exists already and is not an empty directory; choose another, or remove it"
     with pytest.raises(FileExistsError, match=message):
         refuse_existing(tmp_path / kind)
-    with pytest.raises(FileExistsError, match=message), new_directory(tmp_path / kind):
+    with pytest.raises(FileExistsError, match=message), new_directory(tmp_path / kind, key="0"):
         raise AssertionError
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ChildProcessError])
+def test_what_was_interrupted_goes_on_under_the_same_key(error: type[BaseException], tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    with pytest.raises(error), new_directory(target, key="0") as directory:  # noqa: PT012
+        (directory / "file").write_text("content")
+        raise error
+    assert not target.exists()
+    with new_directory(target, key="0") as directory:
+        assert (directory / "file").read_text() == "content"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_was_interrupted_is_removed_under_another_key(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    with pytest.raises(KeyboardInterrupt), new_directory(target, key="0") as directory:  # noqa: PT012
+        (directory / "file").write_text("content")
+        raise KeyboardInterrupt
+    with new_directory(target, key="1") as directory:
+        assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [directory.name]
+    assert list(target.iterdir()) == []
+
+
 def test_of_two_that_write_the_same_directory_the_later_is_refused(tmp_path: Path) -> None:
     target = tmp_path / "target"
-    with pytest.raises(FileExistsError), new_directory(target) as slow:  # noqa: PT012
+    with pytest.raises(FileExistsError), new_directory(target, key="0") as slow:  # noqa: PT012
         (slow / "file").write_text("slow")
-        with new_directory(target) as fast:
+        with new_directory(target, key="1") as fast:
             assert slow.exists()
             (fast / "file").write_text("fast")
     assert (target / "file").read_text() == "fast"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_of_two_that_make_the_same_the_later_is_refused_at_once(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    with new_directory(target, key="0") as first:
+        (first / "file").write_text("first")
+        with (
+            pytest.raises(FileExistsError, match="target: another process is making it; wait for it, or end"),
+            new_directory(target, key="0"),
+        ):
+            raise AssertionError
+    assert (target / "file").read_text() == "first"
     assert list(tmp_path.iterdir()) == [target]
 
 
@@ -60,7 +95,7 @@ def test_what_a_dead_process_left_is_removed_and_other_things_stay(tmp_path: Pat
         (tmp_path / f".tmp-{name}.lock").touch()
     (tmp_path / ".tmp-target-45670123.lock").touch()
     (tmp_path / ".tmp-target-unlocked").mkdir()
-    with new_directory(tmp_path / "target"):
+    with new_directory(tmp_path / "target", key="0"):
         assert not (tmp_path / ".tmp-target-0123abcd").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         ".tmp-another-0123abcd",

@@ -54,10 +54,10 @@ def test_tokenized_words_stand_between_white_space(line: str) -> None:
 
 
 @given(st.lists(lines, max_size=5))
-def test_lines_are_split_alike_alone_and_together(several: list[str]) -> None:
+def test_words_of_several_lines_are_counted_line_by_line(several: list[str]) -> None:
     for normalization in (PLAIN, TOKENIZED):
-        together = normalization.words("".join(f"{line}\n" for line in several))
-        assert together == [word for line in several for word in (*normalization.words(line), "\n")]
+        counted = normalization.count_words(several)
+        assert counted == sum(len(normalization.words(line)) for line in several)
         assert normalization.count_words(several) == sum(len(normalization.words(line)) for line in several)
 
 

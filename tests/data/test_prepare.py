@@ -77,7 +77,7 @@ def test_the_vocabulary_knows_the_train_split_alone(tmp_path: Path) -> None:
 
 
 def test_several_files_and_folders_are_one_text(tmp_path: Path) -> None:
-    write(tmp_path / "folder/b.txt", "two\n")
+    write(tmp_path / "folder/b.jsonl", '{"text": "two"}\n')
     write(tmp_path / "folder/c.jsonl.gz", gzip.compress(json.dumps({"text": "three\nfour"}).encode()))
     first, valid = write(tmp_path / "a.txt", "one"), write(tmp_path / "valid.txt", "one\n")
     dataset = prepare(
@@ -85,7 +85,7 @@ def test_several_files_and_folders_are_one_text(tmp_path: Path) -> None:
     )
     assert sentences_of(dataset, "train") == ["one", "two", "three", "four"]
     assert [source.name for source in dataset.split("train").manifest.sources] == [
-        "a.txt", "folder/b.txt", "folder/c.jsonl.gz"
+        "a.txt", "folder/b.jsonl", "folder/c.jsonl.gz"
     ]  # fmt: skip
     assert str(tmp_path) not in (tmp_path / "dataset/dataset.json").read_text()
 
@@ -179,7 +179,7 @@ def collector(steps: list[tuple[int, int]]) -> Callable[[int, int], None]:
 def test_progress_rises_to_the_bytes_of_all_passes(tmp_path: Path) -> None:
     text = write(tmp_path / "text", prose(50_000))
     size = text.stat().st_size
-    passes = {"bytes": 3, "words": 4}
+    passes = {"bytes": 1, "words": 2}
     for kind, expected in passes.items():
         steps: list[tuple[int, int]] = []
         prepare(output=tmp_path / kind, train=[text], vocabulary=kind, progress=collector(steps))
@@ -222,8 +222,15 @@ WORDS = {"vocabulary": "words", "train": ["text"]}
         ({**WORDS, "train": ["binary"], "vocabulary": "subwords", "vocabulary_size": 300}, "binary, line 2:"),
         ({**WORDS, "train": ["text", "text"]}, "text: given twice, for train and for train"),
         ({**WORDS, "test": ["text"]}, "text: given twice, for train and for test"),
-        ({"vocabulary_from": "empty", "train": ["text"]}, "empty: not a dataset (it has no dataset.json)"),
-        ({**WORDS, "vocabulary_from": "."}, "vocabulary_from brings kind and size; leave out vocabulary and"),
+        (
+            {"vocabulary_from": "empty", "train": ["text"]},
+            "empty: no words; give a file with one word a line",
+        ),
+        ({"vocabulary_from": ".", "train": ["text"]}, ": not a dataset (it has no dataset.json)"),
+        (
+            {**WORDS, "vocabulary_from": "."},
+            "vocabulary_from brings kind and words; leave out",
+        ),
     ],
 )
 def test_what_cannot_be_prepared_is_refused_and_leaves_nothing(

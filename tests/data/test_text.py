@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsegate.data import TextOptions
-from sparsegate.data.text import READ_BYTES, read_lines, text_files
+from sparsegate.data.spans import READ_BYTES, whole
+from sparsegate.data.text import read_lines
+from sparsegate.data.text_files import text_files
 from tests.data.making import lines, write
 
 KEEP = TextOptions(keep_blank_lines=True)
@@ -17,7 +19,9 @@ REPLACE = TextOptions(replace_bad_bytes=True)
 
 def read(path: Path, options: TextOptions = KEEP) -> list[str]:
     return [
-        line for batch in read_lines(path, options=options, advance=lambda num_bytes: None) for line in batch
+        line
+        for batch in read_lines(whole(path), options=options, advance=lambda num_bytes: None)
+        for line in batch
     ]
 
 
@@ -193,7 +197,7 @@ def test_progress_comes_to_the_size_of_each_file(tmp_path: Path) -> None:
     ):
         path = write(tmp_path / name, stored)
         steps: list[int] = []
-        for _ in read_lines(path, options=TextOptions(), advance=steps.append):
+        for _ in read_lines(whole(path), options=TextOptions(), advance=steps.append):
             pass
         assert sum(steps) == len(stored)
         assert min(steps) >= 0

@@ -15,10 +15,10 @@ from sparsegate.data import (
     save_vocabulary,
 )
 from sparsegate.data.files import sealed
+from sparsegate.data.joint_subwords import JointSubwords
 from sparsegate.data.normalization import PLAIN, TOKENIZED, normalize
-from sparsegate.data.train_vocabulary import train_vocabulary
 from sparsegate.data.vocabulary import token_dtype
-from tests.data.making import CURIOUS, lines
+from tests.data.making import CURIOUS, lines, train_vocabulary
 
 TRAINING = [
     [
@@ -39,9 +39,8 @@ LOSSY = [
     train_vocabulary("words", TRAINING, size=8, normalization=TOKENIZED),
     train_vocabulary("characters", TRAINING, size=20, normalization=PLAIN),
 ]
-every_vocabulary = pytest.mark.parametrize(
-    "vocabulary", [*LOSSLESS, *LOSSY], ids=lambda v: f"{v.kind}-{v.size}"
-)
+ALL = [*LOSSLESS, *LOSSY, JointSubwords.train(TRAINING, size=300, languages=["de", "en"])]
+every_vocabulary = pytest.mark.parametrize("vocabulary", ALL, ids=lambda v: f"{v.kind}-{v.size}")
 every_lossless = pytest.mark.parametrize("vocabulary", LOSSLESS, ids=lambda v: v.kind)
 
 
@@ -118,7 +117,7 @@ def test_a_saved_vocabulary_is_the_same(vocabulary: Vocabulary, tmp_path: Path) 
 @every_vocabulary
 def test_a_fingerprint_tells_what_ids_mean_and_nothing_else(vocabulary: Vocabulary) -> None:
     assert vocabulary.with_normalization(TOKENIZED).fingerprint == vocabulary.fingerprint
-    assert [other.fingerprint for other in [*LOSSLESS, *LOSSY]].count(vocabulary.fingerprint) == 1
+    assert [other.fingerprint for other in ALL].count(vocabulary.fingerprint) == 1
 
 
 @every_vocabulary
@@ -134,6 +133,7 @@ HEAD = {"format": 1, "normalization": "plain-1"}
 WORDS = {**HEAD, "kind": "words", "words": ["</s>", "<unk>", "a"], "counts": [1, 2, 3]}
 CHARACTERS = {**HEAD, "kind": "characters", "characters": ["</s>", "<unk>", "a"], "counts": [1, 1, 1]}
 SUBWORDS = {**HEAD, "kind": "subwords", "merges": [["a", "b"]]}
+JOINT = {**SUBWORDS, "kind": "joint_subwords", "languages": ["de", "en"]}
 
 
 @pytest.mark.parametrize(
@@ -159,6 +159,11 @@ SUBWORDS = {**HEAD, "kind": "subwords", "merges": [["a", "b"]]}
         ({**SUBWORDS, "merges": [["ab", "c"]]}, r"merges: 'ab' \+ 'c' joins a piece that no earlier"),
         ({**SUBWORDS, "merges": [["a", "b"], ["a", "b"]]}, "merges: the same merge stands in it twice"),
         ({**SUBWORDS, "merges": [["a"]]}, "merges.0: List should have at least 2 items"),
+        ({**JOINT, "merges": [["ab", "c"]]}, r"merges: 'ab' \+ 'c' joins a piece that no earlier"),
+        ({**JOINT, "languages": []}, r"languages \(\) must be in order, and each one once"),
+        ({**JOINT, "languages": ["en", "de"]}, r"languages \(en, de\) must be in order"),
+        ({**JOINT, "languages": ["en", "en"]}, r"languages \(en, en\) must be in order, and each one once"),
+        ({**JOINT, "languages": ["../en"]}, "language '../en' must be a code such as de"),
     ],
 )
 def test_a_well_sealed_vocabulary_that_makes_no_sense_is_refused(

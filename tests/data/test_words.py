@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from sparsegate.data import CharacterVocabulary, WordVocabulary
 from sparsegate.data.normalization import PLAIN, TOKENIZED, normalize
-from sparsegate.data.train_vocabulary import check_size, count_words, train_vocabulary
-from tests.data.making import lines
+from sparsegate.data.train_vocabulary import check_size, count_words
+from tests.data.making import lines, train_vocabulary
 
 batches = st.lists(st.lists(lines, max_size=4), max_size=4)
 
@@ -85,5 +85,5 @@ def test_characters_beyond_the_table_are_unknown() -> None:
 )
 def test_impossible_sizes_are_refused(kind: str, size: int | None, message: str) -> None:
     with pytest.raises(ValueError) as refusal:  # noqa: PT011
-        check_size(kind, size)
+        check_size(kind, size, 1)
     assert str(refusal.value).startswith(message)

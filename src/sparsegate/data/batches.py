@@ -15,8 +15,12 @@ import torch
 from torch import Tensor
 
 from .dataset import TokenFile
+from .permutation import Permutation, random_numbers
 
 _Positions = npt.NDArray[np.int64]
+
+# Sentences are shuffled among those of about so many blocks; what a batch costs to find grows with it.
+_BLOCKS_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +63,6 @@ def _batch(
     )
 
 
-def _random(seed: int, epoch: int, size: int) -> npt.NDArray[np.uint64]:
-    """`size` random 64-bit numbers that depend on (seed, epoch) alone, and not on the version of NumPy."""
-    return np.random.PCG64([seed, epoch]).random_raw(size)
-
-
 class ContinuousBatches:
     """The split as one stream, cut into `batch_size` lanes that are unrolled `num_steps` at a time, state
     carried.
@@ -93,7 +92,7 @@ class ContinuousBatches:
     def batch(self, index: int) -> Batch:
         """Batch number `index`, counted on over epochs; its mask is all true."""
         epoch, number = divmod(index, self.batches_per_epoch)
-        offset = int(_random(self._seed, epoch, 1)[0] % np.uint64(self._token_file.num_tokens))
+        offset = int(random_numbers((self._seed, epoch), 1)[0] % np.uint64(self._token_file.num_tokens))
         position_BS = self._position_BS + (offset + number * self._num_steps)
         mask_BS = np.ones(position_BS.shape, dtype=bool)
         return _batch(self._token_file, position_BS, mask_BS, number > 0, index)
@@ -105,6 +104,12 @@ class SentenceBatches:
     A batch holds about `batch_words` tokens, ends of sentences included; its rows are as long as its longest
     sentence. A sentence longer than `max_length` is cut into pieces, and the first input of a later piece is
     the token before it. An epoch holds every token exactly once, also for an evaluation sentence by sentence.
+
+    Nothing that grows with the split is held in memory. The stream is seen as blocks of `max_length` tokens,
+    what is left at its end going with the last; a piece belongs to the block that it begins in, so that none
+    is empty. An epoch is a pseudo-random permutation of the blocks, cut into windows of some 65,000. The
+    pieces of a window are sorted by length, at random within it, and cut into the window's batches at equal
+    numbers of tokens.
     """
 
     def __init__(self, *, token_file: TokenFile, batch_words: int, max_length: int, seed: int) -> None:
@@ -113,43 +118,81 @@ class SentenceBatches:
         if max_length > batch_words:
             raise ValueError(f"max_length ({max_length}) must not exceed batch_words ({batch_words})")
         self._token_file = token_file
+        self._max_length = max_length
         self._seed = seed
-        self._piece_start_N, self._piece_length_N = _pieces(token_file, max_length)
-        # A batch is never empty, since it spans at least batch_words tokens and no piece is longer than that.
         self.batches_per_epoch = max(1, token_file.num_tokens // batch_words)
-        self._plan = lru_cache(maxsize=1)(self._plan_of_epoch)
+        self._num_blocks = max(1, token_file.num_tokens // max_length)
+        self._num_windows = -(-self.batches_per_epoch // max(1, _BLOCKS_AT_ONCE * max_length // batch_words))
+        self._window = lru_cache(maxsize=1)(self._window_of_epoch)
 
     def batch(self, index: int) -> Batch:
-        """Batch number `index`, counted on over epochs; the first of an epoch draws the epoch's order."""
+        """Batch number `index`, counted on over epochs; the first of a window draws the window's order."""
         epoch, number = divmod(index, self.batches_per_epoch)
-        piece_N, first_N, batch_N = self._plan(epoch)
-        chosen = batch_N[number]
-        piece_B = piece_N[first_N[chosen] : first_N[chosen + 1]]
-        length_B = self._piece_length_N[piece_B]
+        window = ((number + 1) * self._num_windows - 1) // self.batches_per_epoch
+        start_N, length_N, first_N, order_N = self._window(epoch, window)
+        chosen = order_N[number - self._first_batch(window)]
+        start_B, length_B = (each[first_N[chosen] : first_N[chosen + 1]] for each in (start_N, length_N))
         step_S = np.arange(length_B.max())
         mask_BS = step_S < length_B[:, None]
-        position_BS = self._piece_start_N[piece_B][:, None] + step_S
-        return _batch(self._token_file, position_BS, mask_BS, False, index)
+        return _batch(self._token_file, start_B[:, None] + step_S, mask_BS, False, index)
 
-    def _plan_of_epoch(self, epoch: int) -> tuple[_Positions, _Positions, _Positions]:
-        """The pieces by length, at random within it; where each batch begins; the batches' order."""
-        num_pieces = len(self._piece_length_N)
-        draw = _random(self._seed, epoch, num_pieces + self.batches_per_epoch)
-        piece_N = np.lexsort((draw[:num_pieces], self._piece_length_N))
-        token_N = np.cumsum(self._piece_length_N[piece_N]) - self._piece_length_N[piece_N]
-        batch_of_piece_N = token_N * self.batches_per_epoch // self._token_file.num_tokens
-        first_N = np.searchsorted(batch_of_piece_N, np.arange(self.batches_per_epoch + 1))
-        return piece_N, first_N, np.argsort(draw[num_pieces:], kind="stable")
+    def _first_batch(self, window: int) -> int:
+        return window * self.batches_per_epoch // self._num_windows
+
+    def _window_of_epoch(
+        self, epoch: int, window: int
+    ) -> tuple[_Positions, _Positions, _Positions, _Positions]:
+        """Starts and lengths of a window's pieces; where each of its batches begins; the batches' order."""
+        num_tokens = self._token_file.num_tokens
+        first, after = self._first_batch(window), self._first_batch(window + 1)
+        # There are at least as many blocks as batches, and at least one for each batch of every window.
+        first_block, after_block = (
+            batch * self._num_blocks // self.batches_per_epoch for batch in (first, after)
+        )
+        permutation = Permutation(size=self._num_blocks, seed=(self._seed, epoch))
+        block_N = permutation(np.arange(first_block, after_block))
+        if (block_N == self._num_blocks - 1).any() and self._num_blocks * self._max_length < num_tokens:
+            block_N = np.append(block_N, self._num_blocks)
+        start_N, length_N = _pieces(self._token_file, block_N, self._max_length)
+        draw = random_numbers((self._seed, epoch, window), len(start_N) + after - first)
+        piece_N = np.lexsort((draw[: len(start_N)], length_N))
+        start_N, length_N = start_N[piece_N], length_N[piece_N]
+        first_N = _cuts(length_N, after - first)
+        return start_N, length_N, first_N, np.argsort(draw[len(start_N) :], kind="stable")
 
 
-def _pieces(token_file: TokenFile, max_length: int) -> tuple[_Positions, _Positions]:
-    """Start and length, in tokens, of every sentence, those longer than `max_length` in pieces."""
-    end_N = token_file.sentence_end_N.astype(np.int64)
-    start_N = np.concatenate(([0], end_N[:-1]))
-    pieces_N = -(-(end_N - start_N) // max_length)
-    first_N = np.repeat(np.cumsum(pieces_N) - pieces_N, pieces_N)
-    piece_start_N = np.repeat(start_N, pieces_N) + (np.arange(len(first_N)) - first_N) * max_length
-    return piece_start_N, np.minimum(max_length, np.repeat(end_N, pieces_N) - piece_start_N)
+def _pieces(token_file: TokenFile, block_N: _Positions, max_length: int) -> tuple[_Positions, _Positions]:
+    """Start and length, in tokens, of every piece of a sentence that begins in one of the blocks."""
+    end_N = token_file.sentence_end_N
+    first_N = block_N * max_length
+    after_N = np.minimum(first_N + max_length, token_file.num_tokens)
+    # Sentences that reach into the block: from the one that its first token is in to that of its last.
+    first_sentence_N = np.searchsorted(end_N, first_N.astype(np.uint64), side="right")
+    sentences_N = np.searchsorted(end_N, (after_N - 1).astype(np.uint64), side="right") - first_sentence_N + 1
+    sentence_N = _ranges(first_sentence_N, sentences_N)
+    start_N = np.where(sentence_N > 0, end_N[sentence_N - 1], 0).astype(np.int64)
+    length_N = end_N[sentence_N].astype(np.int64) - start_N
+    # Pieces of one sentence lie max_length apart, so one at most of each sentence begins in a block.
+    offset_N = np.maximum(0, np.repeat(first_N, sentences_N) - start_N)
+    offset_N = -(-offset_N // max_length) * max_length
+    begins_N = (offset_N < length_N) & (start_N + offset_N < np.repeat(after_N, sentences_N))
+    length_N = np.minimum(max_length, length_N - offset_N)
+    return (start_N + offset_N)[begins_N], length_N[begins_N]
+
+
+def _cuts(length_N: _Positions, num_batches: int) -> _Positions:
+    """Where each batch of pieces of these lengths begins, and the end: about equal tokens, no batch empty."""
+    batch_of_piece_N = (np.cumsum(length_N) - length_N) * num_batches // length_N.sum()
+    cut_N = np.searchsorted(batch_of_piece_N, np.arange(num_batches + 1))
+    batch_N = np.arange(num_batches + 1)
+    ascending_N = np.maximum.accumulate(cut_N - batch_N) + batch_N
+    return np.minimum(ascending_N, len(length_N) - num_batches + batch_N)
+
+
+def _ranges(first_N: npt.NDArray[Any], size_N: npt.NDArray[Any]) -> _Positions:
+    """The numbers ``first, first + 1, ...``, `size` of them, for each range, one after the other."""
+    before_N = np.cumsum(size_N) - size_N
+    return np.repeat(first_N - before_N, size_N) + np.arange(size_N.sum())
 
 
 def _check_positive(**values: int) -> None:

@@ -4,8 +4,8 @@
 
     dataset.json       what is in it: counts, types, checksums, sources; carries its own checksum
     vocabulary.json
-    train.tokens       little-endian uint16 or uint32 ids of all sentences, each followed by the end of a
-    sentence train.sentences    little-endian uint64: for each sentence the position after its end
+    train.tokens       little-endian uint16 or uint32 ids of all sentences, each followed by its end
+    train.sentences    little-endian uint64: for each sentence the position after its end
     valid.tokens ...
 """
 
@@ -76,6 +76,7 @@ class Manifest(_Part):
     """The content of ``dataset.json``."""
 
     format: Literal[1]
+    layout: str | None = None
     normalization: str
     keep_blank_lines: bool
     held_out: HeldOut | None

@@ -10,13 +10,14 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 Model = TypeVar("Model", bound=BaseModel)
 
 MAX_JSON_BYTES = 64 << 20
+TEMPORARY = ".tmp-"
 _LOCK = ".lock"
 _SEAL = re.compile(rb',\n  "sha256": "([0-9a-f]{64})"\n}\n\Z')
 
@@ -106,33 +107,46 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def new_directory(target: Path) -> Iterator[Path]:
+def new_directory(target: Path, *, key: str) -> Iterator[Path]:
     """A temporary directory beside `target` that becomes `target` when the block ends without an error.
 
-    `target` must not exist or be an empty directory: FileExistsError otherwise. After an error nothing is
-    left. What a killed process left beside `target` is removed first; one still in use is left alone.
+    `target` must not exist or be an empty directory: FileExistsError otherwise, and also where another
+    process is at work on the same. After an error nothing is left. What a process left that was killed or
+    interrupted, or whose child was killed (ChildProcessError), is the directory of the next with the same
+    `key`; of other keys it is removed.
     """
     refuse_existing(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_what_the_dead_left(target)
-    temporary = _temporary_beside(target)
+    temporary = target.with_name(f"{TEMPORARY}{target.name}-{key}")
     with _lock_of(temporary).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        _lock_or_refuse(lock, target)
+        _remove_what_the_dead_left(target)
         try:
-            temporary.mkdir()
+            temporary.mkdir(exist_ok=True)
             yield temporary
             fsync(temporary)
             refuse_existing(target)
             temporary.rename(target)
-        finally:
+        except ChildProcessError:
+            raise
+        except Exception:
             shutil.rmtree(temporary, ignore_errors=True)
             _lock_of(temporary).unlink(missing_ok=True)
+            raise
+        _lock_of(temporary).unlink(missing_ok=True)
     fsync(target.parent)
+
+
+def _lock_or_refuse(lock: IO[str], target: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise FileExistsError(f"{target}: another process is making it; wait for it, or end it") from None
 
 
 def _remove_what_the_dead_left(target: Path) -> None:
     """A lock ends with the process that holds it: what can be locked is nobody's."""
-    prefix = f".tmp-{target.name}-"
+    prefix = f"{TEMPORARY}{target.name}-"
     for path in sorted(target.parent.iterdir()):
         if path.name.startswith(prefix) and path.suffix == _LOCK:
             with suppress(BlockingIOError, FileNotFoundError), path.open("r") as lock:
@@ -153,4 +167,4 @@ def refuse_existing(target: Path) -> None:
 
 
 def _temporary_beside(path: Path) -> Path:
-    return path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
+    return path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(4)}")

@@ -5,44 +5,53 @@ split, wherever it stands and however often.
 """
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .text import TextOptions, read_lines
+from .spans import Span
+from .text import read_lines
+from .text_options import TextOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class SplitText:
-    """The text of one split: the lines of `files` whose hash, from 0 to 1, is in [`first`, `last`)."""
+class Division:
+    """To which of `splits` a line goes: number n gets lines whose hash, from 0 to 1, is at least bound n - 1
+    and below bound n; the last gets all others."""
 
-    name: str
+    splits: tuple[str, ...]
+    bounds: tuple[float, ...] = ()
+
+    def read(
+        self, spans: Sequence[Span], *, options: TextOptions, advance: Callable[[int], None]
+    ) -> Iterator[dict[str, list[str]]]:
+        """The lines of each split in batches of about a megabyte; see `read_lines`."""
+        for span in spans:
+            for lines in read_lines(span, options=options, advance=advance):
+                yield self.divide(lines)
+
+    def divide(self, lines: list[str]) -> dict[str, list[str]]:
+        """The lines of each split."""
+        if not self.bounds:
+            return {self.splits[0]: lines}
+        divided: dict[str, list[str]] = {split: [] for split in self.splits}
+        lists = list(divided.values())
+        for line in lines:
+            lists[bisect_right(self.bounds, _hash(line))].append(line)
+        return divided
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """Files whose lines are divided alike."""
+
     files: tuple[Path, ...]
-    first: float = 0.0
-    last: float = 1.0
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the files, as they are on the disk."""
-        return _num_bytes(self.files)
-
-    def read(self, *, options: TextOptions, advance: Callable[[int], None]) -> Iterator[list[str]]:
-        """The lines in batches of about a megabyte; see `read_lines`."""
-        for file in self.files:
-            for lines in read_lines(file, options=options, advance=advance):
-                yield lines if self._takes_all else [line for line in lines if self._takes(line)]
-
-    @property
-    def _takes_all(self) -> bool:
-        return (self.first, self.last) == (0.0, 1.0)
-
-    def _takes(self, line: str) -> bool:
-        digest = hashlib.blake2b(line.encode(), digest_size=6).digest()
-        return self.first <= int.from_bytes(digest, "big") / 2**48 < self.last
+    division: Division
 
 
-def given_splits(files: Mapping[str, Sequence[Path]]) -> list[SplitText]:
-    """One split for each key that has files. ValueError for a file that is in two splits, or twice in one."""
+def given_splits(files: Mapping[str, Sequence[Path]]) -> list[Text]:
+    """One text for each key that has files. ValueError for a file that is in two splits, or twice in one."""
     split_of: dict[Path, str] = {}
     for split, paths in files.items():
         for path in paths:
@@ -51,20 +60,22 @@ def given_splits(files: Mapping[str, Sequence[Path]]) -> list[SplitText]:
                     f"{path}: given twice, for {split_of[path.resolve()]} and for {split}; give it once"
                 )
             split_of[path.resolve()] = split
-    return [SplitText(name=split, files=tuple(paths)) for split, paths in files.items() if paths]
+    return [
+        Text(files=tuple(paths), division=Division(splits=(split,)))
+        for split, paths in files.items()
+        if paths
+    ]
 
 
-def hold_out_lines(files: Sequence[Path], shares: Mapping[str, float]) -> list[SplitText]:
+def hold_out_lines(files: Sequence[Path], shares: Mapping[str, float]) -> list[Text]:
     """About the given share of the lines of `files` for each key of `shares`, all others for train."""
-    splits: list[SplitText] = []
-    first = 0.0
-    for split, share in shares.items():
-        splits.append(SplitText(name=split, files=tuple(files), first=first, last=first + share))
-        first += share
-    return [SplitText(name="train", files=tuple(files), first=first), *splits]
+    bounds: list[float] = []
+    for share in shares.values():
+        bounds.append(sum(bounds[-1:]) + share)
+    return [Text(files=tuple(files), division=Division(splits=(*shares, "train"), bounds=tuple(bounds)))]
 
 
-def hold_out_files(files: Sequence[Path], shares: Mapping[str, float]) -> list[SplitText]:
+def hold_out_files(files: Sequence[Path], shares: Mapping[str, float]) -> list[Text]:
     """Whole files, in order of their hash, until they hold the given share of all bytes; the others for
     train.
 
@@ -75,18 +86,23 @@ def hold_out_files(files: Sequence[Path], shares: Mapping[str, float]) -> list[S
             f"hold_out: {len(files)} files are too few to hold out files; hold out lines, or give files"
         )
     left = sorted(files, key=lambda file: (_file_hash(file), file))
-    total = _num_bytes(files)
+    total = num_bytes(files)
     held_out: dict[str, list[Path]] = {}
     for split, share in shares.items():
         chosen = held_out[split] = [left.pop(0)]
         splits_to_come = len(shares) - len(held_out) + 1
-        while _num_bytes(chosen) < share * total and len(left) > splits_to_come:
+        while num_bytes(chosen) < share * total and len(left) > splits_to_come:
             chosen.append(left.pop(0))
     return given_splits({"train": [file for file in files if file in set(left)], **held_out})
 
 
-def _num_bytes(files: Sequence[Path]) -> int:
+def num_bytes(files: Sequence[Path]) -> int:
+    """Bytes of the files, as they are on the disk."""
     return sum(file.stat().st_size for file in files)
+
+
+def _hash(line: str) -> float:
+    return int.from_bytes(hashlib.blake2b(line.encode(), digest_size=6).digest(), "big") / 2**48
 
 
 def _file_hash(path: Path) -> str:

@@ -27,7 +27,7 @@ import re
 import string
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -51,10 +51,8 @@ def _combining_marks() -> str:
 
 
 @cache
-def _pattern(name: str) -> re.Pattern[str]:
-    """Matches one word, or a line feed. Frequent parts stand first, for speed; what overlaps is in order."""
-    if name == "tokenized-1":
-        return re.compile(r"\S+|\n")
+def _plain_word() -> re.Pattern[str]:
+    """Matches one word. Frequent parts stand first, for speed; what overlaps is in order."""
     marks = _combining_marks()
     # All marks lie above U+02FF; asking that first spares most text the search through their many ranges.
     begins_with_mark = rf"(?![\x00-\u02ff])[{marks}][\w{marks}]*"
@@ -62,7 +60,7 @@ def _pattern(name: str) -> re.Pattern[str]:
     clitic = rf"['’](?<=[\w{marks}]['’])(?:{word})"
     same_mark = "|".join(re.escape(mark) + "+" for mark in string.punctuation if mark != "_")
     punctuation = rf"(?=[!-/:-@\[-^`{{-~])(?:{same_mark})"
-    return re.compile(rf"{word}|\n|(?!\s)(?:{clitic}|{punctuation}|\S)")
+    return re.compile(rf"{word}|(?!\s)(?:{clitic}|{punctuation}|\S)")
 
 
 @dataclass(frozen=True)
@@ -71,20 +69,24 @@ class Normalization:
 
     name: str
 
-    def words(self, text: str) -> list[str]:
-        """The words of `text` in order. A line feed, where `text` has several lines, comes out as a word
-        ``"\\n"``.
+    @property
+    def split(self) -> Callable[[str], list[str]]:
+        """The words of one line that is in NFC, in order."""
+        return str.split if self.name == "tokenized-1" else _plain_word().findall
+
+    def words(self, line: str) -> list[str]:
+        """The words of `line` in order.
 
         >>> PLAIN.words("Don't stop... 3.5% of U.N. naïve_x")
         ['Don', "'t", 'stop', '...', '3', '.', '5', '%', 'of', 'U', '.', 'N', '.', 'naïve_x']
         >>> TOKENIZED.words("we do n't <unk>")
         ['we', 'do', "n't", '<unk>']
         """
-        return _pattern(self.name).findall(normalize(text))
+        return self.split(normalize(line))
 
-    def count_words(self, lines: Sequence[str]) -> int:
+    def count_words(self, lines: Iterable[str]) -> int:
         """Number of words of all `lines`, without their ends."""
-        return len(self.words("\n".join((*lines, "")))) - len(lines)
+        return sum(map(len, map(self.split, map(normalize, lines))))
 
 
 PLAIN = Normalization("plain-1")

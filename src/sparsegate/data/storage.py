@@ -6,10 +6,13 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, RootModel
 
 from .files import read_sealed, sealed, write_atomically
+from .joint_subwords import JointSubwords
 from .normalization import normalization_named
 from .subwords import ByteVocabulary, SubwordVocabulary
 from .vocabulary import Vocabulary
 from .words import CharacterVocabulary, WordVocabulary
+
+_Merge = Annotated[list[str], Field(min_length=2, max_length=2)]
 
 
 class _File(BaseModel):
@@ -43,7 +46,7 @@ class _Characters(_File):
 
 class _Subwords(_File):
     kind: Literal["subwords"]
-    merges: list[Annotated[list[str], Field(min_length=2, max_length=2)]]
+    merges: list[_Merge]
 
     def build(self) -> Vocabulary:
         merges = [(left, right) for left, right in self.merges]
@@ -57,8 +60,24 @@ class _Bytes(_File):
         return ByteVocabulary(normalization=normalization_named(self.normalization))
 
 
-class _VocabularyFile(RootModel[_Words | _Characters | _Subwords | _Bytes]):
-    root: Annotated[_Words | _Characters | _Subwords | _Bytes, Field(discriminator="kind")]
+class _JointSubwords(_File):
+    kind: Literal["joint_subwords"]
+    languages: list[str]
+    merges: list[_Merge]
+
+    def build(self) -> Vocabulary:
+        return JointSubwords(
+            merges=[(left, right) for left, right in self.merges],
+            languages=self.languages,
+            normalization=normalization_named(self.normalization),
+        )
+
+
+_Kinds = _Words | _Characters | _Subwords | _Bytes | _JointSubwords
+
+
+class _VocabularyFile(RootModel[_Kinds]):
+    root: Annotated[_Kinds, Field(discriminator="kind")]
 
 
 def save_vocabulary(vocabulary: Vocabulary, path: Path) -> None:

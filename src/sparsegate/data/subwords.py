@@ -20,6 +20,25 @@ def byte_alphabet() -> list[str]:
     return sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
+def piece_ids(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
+    """The 256 bytes and what `merges` make of them, numbered. ValueError for what no training gives."""
+    pieces = {piece: token for token, piece in enumerate(byte_alphabet())}
+    for left, right in merges:
+        if left not in pieces or right not in pieces:
+            raise ValueError(
+                f"merges: {left[:40]!r} + {right[:40]!r} joins a piece that no earlier merge makes"
+            )
+        pieces.setdefault(left + right, len(pieces))
+    if len(set(merges)) != len(merges):
+        raise ValueError("merges: the same merge stands in it twice")
+    return pieces
+
+
+def merges_of(tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    """The merges that a byte-pair tokenizer has learned, in order."""
+    return [(left, right) for left, right in json.loads(tokenizer.to_str())["model"]["merges"]]
+
+
 class SubwordVocabulary(Vocabulary):
     """Byte-level byte-pair encoding (by the ``tokenizers`` library), lossless for every line in NFC.
 
@@ -30,15 +49,7 @@ class SubwordVocabulary(Vocabulary):
     kind: ClassVar[str] = "subwords"
 
     def __init__(self, *, merges: Sequence[tuple[str, str]], normalization: Normalization) -> None:
-        pieces = {piece: token for token, piece in enumerate(byte_alphabet())}
-        for left, right in merges:
-            if left not in pieces or right not in pieces:
-                raise ValueError(
-                    f"merges: {left[:40]!r} + {right[:40]!r} joins a piece that no earlier merge makes"
-                )
-            pieces.setdefault(left + right, len(pieces))
-        if len(set(merges)) != len(merges):
-            raise ValueError("merges: the same merge stands in it twice")
+        pieces = piece_ids(merges)
         self._merges = list(merges)
         self._normalization = normalization
         self._num_pieces = len(pieces)
@@ -56,7 +67,7 @@ class SubwordVocabulary(Vocabulary):
             vocab_size=size - 1, min_frequency=2, show_progress=False, initial_alphabet=byte_alphabet()
         )
         tokenizer.train_from_iterator(_normalized(batches), trainer)
-        return cls(merges=_merges_of(tokenizer), normalization=normalization)
+        return cls(merges=merges_of(tokenizer), normalization=normalization)
 
     @property
     def size(self) -> int:
@@ -156,7 +167,3 @@ def _byte_level(model: models.BPE) -> Tokenizer:
 def _normalized(batches: Iterable[Sequence[str]]) -> Iterator[list[str]]:
     for lines in batches:
         yield [normalize(line) for line in lines]
-
-
-def _merges_of(tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    return [(left, right) for left, right in json.loads(tokenizer.to_str())["model"]["merges"]]

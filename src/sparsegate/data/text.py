@@ -1,4 +1,4 @@
-"""Reading text: lines out of plain, gzip and JSON-lines files, in constant memory.
+"""Reading text: lines out of plain, gzip, JSON-lines and parquet files, in constant memory.
 
 A line ends at a line feed, or at carriage return and line feed; nothing else ends one (U+2028, form feeds and
 lone carriage returns stay in the line as white space). A byte order mark at the beginning of a file is
@@ -6,181 +6,86 @@ dropped. Text is UTF-8; bad bytes, NUL and lone surrogates are errors that name 
 `TextOptions.replace_bad_bytes` turns each of them into U+FFFD.
 """
 
-import gzip
 import json
-import os
 import re
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Literal
 
-READ_BYTES = 1 << 20
-SHORTEST_LIMIT = 1 << 10
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+from .parquet import column_texts
+from .spans import Span, blocks, whole
+from .text_options import TextOptions
+
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
-_FOREIGN = {
-    b"\x1f\x8b": "gzip: give its name the ending .gz",
-    b"\xfd7zXZ\x00": "xz: unpack it with `xz -dk`",
-    b"\x28\xb5\x2f\xfd": "zstd: unpack it with `zstd -d`",
-    b"PK\x03\x04": "zip: unpack it with `unzip`",
-    b"BZh91AY&SY": "bzip2: unpack it with `bunzip2 -k`",
-    b"\xff\xfe": "UTF-16: convert it with `iconv -f UTF-16 -t UTF-8`",
-    b"\xfe\xff": "UTF-16: convert it with `iconv -f UTF-16 -t UTF-8`",
-}
+
+Format = Literal["plain text", "JSON lines", "parquet"]
+_Namer = Callable[[int], str]
 
 
-@dataclass(frozen=True, kw_only=True)
-class TextOptions:
-    """How text is read, whatever its vocabulary.
-
-    field: the key that holds the text in JSON lines.
-    keep_blank_lines: keep lines of nothing but white space as sentences (source code, WikiText); else they
-        are dropped.
-    replace_bad_bytes: replace what is not UTF-8, NUL and lone surrogates by U+FFFD; else they are errors.
-    max_line_bytes: the longest line, or JSON object, that is read.
-    max_gzip_ratio: a gzip file may unpack to this many times its own size, or to a megabyte.
-    """
-
-    field: str = "text"
-    keep_blank_lines: bool = False
-    replace_bad_bytes: bool = False
-    max_line_bytes: int = 4 << 20
-    max_gzip_ratio: int = 100
-
-    def __post_init__(self) -> None:
-        if self.max_line_bytes < SHORTEST_LIMIT:
-            raise ValueError(f"max_line_bytes ({self.max_line_bytes}) must be at least {SHORTEST_LIMIT}")
-        if self.max_gzip_ratio < 1:
-            raise ValueError(f"max_gzip_ratio ({self.max_gzip_ratio}) must be at least 1")
+def format_of(path: Path) -> Format:
+    """How a file of that name is read: ``.parquet``; ``.jsonl``, ``.jsonl.gz`` and C4's ``.json.gz``; or as
+    plain text."""
+    if path.suffix == ".parquet":
+        return "parquet"
+    return "JSON lines" if path.name.endswith((".jsonl", ".jsonl.gz", ".json.gz")) else "plain text"
 
 
-def text_files(paths: Iterable[Path]) -> list[Path]:
-    """The files of `paths`: those given, and all those below a directory, in order of their path, hidden ones
-    left out.
+def read_lines(span: Span, *, options: TextOptions, advance: Callable[[int], None]) -> Iterator[list[str]]:
+    """The lines of a span in batches of about a megabyte, without line ends.
 
-    FileNotFoundError for one that does not exist, ValueError for a directory without files or for what is no
-    file.
-    """
-    files: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            below = sorted(file for file in _files_below(path))
-            if not below:
-                raise ValueError(f"{path}: a directory without files; give text files or a directory of them")
-            files.extend(below)
-        elif path.is_file():
-            files.append(path)
-        elif path.exists():
-            raise ValueError(
-                f"{path}: not a regular file; text is read more than once, so save it to a file first"
-            )
-        else:
-            raise FileNotFoundError(f"{path}: no such file or directory")
-    return files
-
-
-def _files_below(directory: Path) -> Iterator[Path]:
-    for parent, children, names in os.walk(directory):
-        children[:] = [name for name in children if not name.startswith(".")]
-        for name in names:
-            file = Path(parent, name)
-            if not name.startswith(".") and file.is_file():
-                yield file
-
-
-def read_lines(path: Path, *, options: TextOptions, advance: Callable[[int], None]) -> Iterator[list[str]]:
-    """The lines of one file in batches of about a megabyte, without line ends.
-
-    ``.gz`` is unpacked, ``.jsonl`` holds one object a line whose `options.field` is text of any number of
-    lines, everything else is plain text. `advance` is told the bytes of the file that each batch took.
+    ``.gz`` is unpacked; JSON lines hold one object a line whose `options.field` is text of any number of
+    lines, as is each row of that column in ``.parquet``; see `format_of`. `advance` is told the bytes of the
+    file that each batch took.
 
     ValueError in one line that names file and line for text that cannot be read.
     """
-    parse = _json_lines if path.name.removesuffix(".gz").endswith(".jsonl") else _plain_lines
-    number = 1
-    with path.open("rb") as file:
-        position = 0
-        for block in _blocks(path, file, options):
-            lines = parse(path, block, number, options)
-            number += block.count(b"\n") + 1
-            if not options.keep_blank_lines:
-                lines = [line for line in lines if line and not line.isspace()]
-            if lines:
-                yield lines
-            advance(file.tell() - position)
-            position = file.tell()
-        advance(file.tell() - position)
+    for lines in _read(span, options, advance):
+        if not options.keep_blank_lines:
+            lines = [line for line in lines if line and not line.isspace()]
+        if lines:
+            yield lines
 
 
-def _blocks(path: Path, file: BinaryIO, options: TextOptions) -> Iterator[bytes]:
-    """Whole lines, about `READ_BYTES` at once, joined by line feeds and without the last line feed."""
-    pending = b""
-    number = 1
-    for read in _reads(path, file, options):
-        pending += read
-        # No read is longer than the limit, so that only the first line, which earlier reads may have begun,
-        # can be.
-        line_end = pending.find(b"\n")
-        if (line_end if line_end >= 0 else len(pending)) > options.max_line_bytes:
-            limit = f"max_line_bytes ({options.max_line_bytes:,})"
-            raise ValueError(f"{path}, line {number}: longer than {limit}; break the line or raise the limit")
-        block, line_feed, rest = pending.rpartition(b"\n")
-        if line_feed:
-            yield block
-            number += block.count(b"\n") + 1
-            pending = rest
-    if pending:
-        yield pending
+def read_raw_lines(
+    path: Path, *, options: TextOptions, advance: Callable[[int], None]
+) -> Iterator[list[str]]:
+    """Every line of one file, blank ones as well and JSON as it stands; else like `read_lines`."""
+    for number, block, name in blocks(whole(path), options=options, advance=advance):
+        yield _split(_decode(block, number, name, options))
 
 
-def _reads(path: Path, file: BinaryIO, options: TextOptions) -> Iterator[bytes]:
-    """The bytes of the text, unpacked, without a byte order mark."""
-    packed = path.suffix == ".gz"
-    stream = gzip.GzipFile(fileobj=file) if packed else file
-    limit = max(READ_BYTES, os.fstat(file.fileno()).st_size * options.max_gzip_ratio)
-    size = min(READ_BYTES, options.max_line_bytes)
-    total = 0
-    while read := _read(path, stream, size):
-        if total == 0:
-            _refuse_foreign(path, read)
-            read = read.removeprefix(BYTE_ORDER_MARK)
-        total += len(read)
-        if packed and total > limit:
-            ratio = f"max_gzip_ratio ({options.max_gzip_ratio})"
-            raise ValueError(
-                f"{path}: unpacks to more than {ratio} times its size; raise the limit if it is text"
-            )
-        yield read
+def _read(span: Span, options: TextOptions, advance: Callable[[int], None]) -> Iterator[list[str]]:
+    match format_of(span.path):
+        case "parquet":
+            for number, rows, name in column_texts(span, options=options, advance=advance):
+                yield _documents(_decode_rows(rows, number, name, options))
+        case "JSON lines":
+            for number, block, name in blocks(span, options=options, advance=advance):
+                yield _json_lines(block, number, name, options)
+        case "plain text":
+            for number, block, name in blocks(span, options=options, advance=advance):
+                yield _split(_decode(block, number, name, options))
 
 
-def _read(path: Path, stream: BinaryIO | gzip.GzipFile, size: int) -> bytes:
-    try:
-        return stream.read(size)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: damaged gzip file ({error}); copy or download it again") from None
+def _json_lines(block: bytes, number: int, name: _Namer, options: TextOptions) -> list[str]:
+    lines = _split(_decode(block, number, name, options))
+    return _documents(
+        text_fields(partial(name, number + offset), line, [options.field], options)[0]
+        for offset, line in enumerate(lines)
+        if line and not line.isspace()
+    )
 
 
-def _refuse_foreign(path: Path, head: bytes) -> None:
-    for magic, cure in _FOREIGN.items():
-        if head.startswith(magic):
-            raise ValueError(f"{path}: not text but {cure}")
+def _decode_rows(rows: list[bytes], number: int, name: _Namer, options: TextOptions) -> Iterator[str]:
+    for place, row in enumerate(rows, number):
+        yield _decode(row, 0, lambda _, place=place: name(place), options)
 
 
-def _plain_lines(path: Path, block: bytes, number: int, options: TextOptions) -> list[str]:
-    return _split(_decode(path, block, number, options))
-
-
-def _json_lines(path: Path, block: bytes, number: int, options: TextOptions) -> list[str]:
-    lines: list[str] = []
-    for offset, line in enumerate(_plain_lines(path, block, number, options)):
-        if line and not line.isspace():
-            text = _text_of(f"{path}, line {number + offset}", line, options)
-            # As in a file, the last line feed ends the last line, and does not begin another.
-            lines.extend(_split(text.removesuffix("\n")) if text else [])
-    return lines
+def _documents(texts: Iterator[str]) -> list[str]:
+    """The lines of texts. As in a file, the last line feed ends the last line, and does not begin another."""
+    return [line for text in texts if text for line in _split(text.removesuffix("\n"))]
 
 
 def _split(text: str) -> list[str]:
@@ -188,41 +93,41 @@ def _split(text: str) -> list[str]:
     return [line.removesuffix("\r") for line in lines] if "\r" in text else lines
 
 
-def _decode(path: Path, block: bytes, number: int, options: TextOptions) -> str:
-    """`block`, whose first line is the file's line `number`, as text."""
+def _decode(block: bytes, number: int, name: _Namer, options: TextOptions) -> str:
+    """`block`, whose first line is called `name(number)`, as text."""
     if options.replace_bad_bytes:
         return block.decode(errors="replace").replace("\0", REPLACEMENT)
     position = block.find(b"\0")
     if position >= 0:
-        number += block.count(b"\n", 0, position)
-        raise ValueError(
-            f"{path}, line {number}: a NUL byte; is it a binary file? replace_bad_bytes reads on"
-        )
+        where = name(number + block.count(b"\n", 0, position))
+        raise ValueError(f"{where}: a NUL byte; is it a binary file? replace_bad_bytes reads on")
     try:
         return block.decode()
     except UnicodeDecodeError as error:
-        number += block.count(b"\n", 0, error.start)
+        where = name(number + block.count(b"\n", 0, error.start))
         bad = f"byte 0x{block[error.start]:02x} is not UTF-8"
-        raise ValueError(
-            f"{path}, line {number}: {bad}; convert it with iconv, or replace_bad_bytes"
-        ) from None
+        raise ValueError(f"{where}: {bad}; convert it with iconv, or replace_bad_bytes") from None
 
 
-def _text_of(where: str, line: str, options: TextOptions) -> str:
-    """The text field of one JSON object."""
+def text_fields(
+    where: Callable[[], str], line: str, fields: Sequence[str], options: TextOptions
+) -> list[str]:
+    """The text in each of some fields of one JSON object. ValueError that begins as `where` says."""
     try:
         document = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({error}); each line must hold one JSON object") from None
-    if not isinstance(document, dict) or not isinstance(document.get(options.field), str):
-        raise ValueError(
-            f"{where}: no object with a text in field {options.field!r}; name the field that holds it"
-        )
-    text: str = document[options.field]
+        raise ValueError(f"{where()}: not JSON ({error}); each line must hold one JSON object") from None
+    return [_text_of(where, document, field, options) for field in fields]
+
+
+def _text_of(where: Callable[[], str], document: object, field: str, options: TextOptions) -> str:
+    if not isinstance(document, dict) or not isinstance(document.get(field), str):
+        raise ValueError(f"{where()}: no object with a text in field {field!r}; name the field that holds it")
+    text: str = document[field]
     if options.replace_bad_bytes:
         return _NO_TEXT.sub(REPLACEMENT, text)
     if _NO_TEXT.search(text):
         raise ValueError(
-            f"{where}: a NUL or a lone surrogate in field {options.field!r}; replace_bad_bytes reads on"
+            f"{where()}: a NUL or a lone surrogate in field {field!r}; replace_bad_bytes reads on"
         )
     return text

@@ -1,90 +1,135 @@
-"""Writes the files of one split, and counts and digests what it writes."""
+"""Tokens and ends of sentences, part by part, and joined to the files of a split."""
 
-import hashlib
-from collections.abc import Iterable
-from contextlib import closing
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from .dataset import SENTENCE_DTYPE, Source, SplitManifest
-from .files import fsync, writing
 from .normalization import normalize
+from .parts import Part
+from .pieces import Counts, DigestedFile, Pieces
+from .storage import load_vocabulary
+from .text_options import TextOptions
 from .vocabulary import Vocabulary, token_dtype
+from .workers import Advance, Work
+
+_COPIED_AT_ONCE = 1 << 20
 
 
-class _DigestedFile:
-    """A new file and the SHA-256 of what is written to it. OSError names the file if that fails."""
+def make_encoding(*, vocabulary: Path, text: TextOptions, pieces: Pieces) -> Work[Part]:
+    """Encodes a part by the vocabulary of that file, each of its splits to files of its own, unless that is
+    done."""
+    loaded = load_vocabulary(vocabulary)
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = path.open("xb")
-        self._sha256 = hashlib.sha256()
+    def encode(part: Part, advance: Advance) -> None:
+        if pieces.is_finished(_piece(part)):
+            advance(part.num_bytes)
+        else:
+            _encode(part, advance, loaded, text, pieces)
 
-    def write(self, array: npt.NDArray[Any]) -> None:
-        content = array.tobytes()
-        self._sha256.update(content)
-        with writing(self._path):
-            self._file.write(content)
-
-    def close(self) -> None:
-        with writing(self._path):
-            self._file.close()
-
-    def bring_to_disk(self) -> None:
-        self.close()
-        with writing(self._path):
-            fsync(self._path)
-
-    @property
-    def sha256(self) -> str:
-        return self._sha256.hexdigest()
+    return encode
 
 
-def write_split(
+def _piece(part: Part) -> str:
+    return f"tokens-{part.number:06}"
+
+
+def _encode(part: Part, advance: Advance, vocabulary: Vocabulary, text: TextOptions, pieces: Pieces) -> None:
+    with ExitStack() as stack:
+        writers = {
+            split: _SplitWriter(
+                *(
+                    stack.enter_context(closing(DigestedFile(pieces.path(_piece(part), f"{split}.{kind}"))))
+                    for kind in ("tokens", "sentences")
+                ),
+                vocabulary=vocabulary,
+            )
+            for split in part.division.splits
+        }
+        for divided in part.read(options=text, advance=advance):
+            for split, lines in divided.items():
+                writers[split].write(lines)
+    files = {f"{split}.tokens": writer.tokens for split, writer in writers.items()}
+    files |= {f"{split}.sentences": writer.sentences for split, writer in writers.items()}
+    pieces.finish(_piece(part), files, {split: writer.counts for split, writer in writers.items()})
+
+
+class _SplitWriter:
+    """Writes the tokens and sentence ends of lines, and counts what it writes."""
+
+    def __init__(self, tokens: DigestedFile, sentences: DigestedFile, *, vocabulary: Vocabulary) -> None:
+        self.tokens = tokens
+        self.sentences = sentences
+        self.counts = Counts()
+        self._vocabulary = vocabulary
+        self._dtype = token_dtype(vocabulary.size)
+
+    def write(self, batch: Sequence[str]) -> None:
+        lines = [normalize(line) for line in batch]
+        token_N = self._vocabulary.encode_lines(lines)
+        end_N = np.flatnonzero(token_N == self._vocabulary.end_id) + (self.counts.tokens + 1)
+        assert len(end_N) == len(lines), "one end for each line"
+        self.tokens.write(token_N.astype(self._dtype).tobytes())
+        self.sentences.write(end_N.astype(SENTENCE_DTYPE).tobytes())
+        self.counts += Counts(
+            tokens=len(token_N),
+            sentences=len(lines),
+            words=self._num_words(lines, len(token_N)),
+            bytes=len("\n".join((*lines, "")).encode()),
+        )
+
+    def _num_words(self, lines: Sequence[str], num_tokens: int) -> int:
+        if self._vocabulary.tokens_are_words:
+            return num_tokens - len(lines)
+        return self._vocabulary.normalization.count_words(lines)
+
+
+def join_split(
     directory: Path,
     split: str,
-    batches: Iterable[list[str]],
+    parts: Iterable[Part],
     *,
+    pieces: Pieces,
     vocabulary: Vocabulary,
     sources: list[Source],
 ) -> SplitManifest:
-    """Write the tokens and sentence ends of all `batches` of lines. ValueError if there is no line at all."""
-    dtype = token_dtype(vocabulary.size)
-    num_tokens = num_sentences = num_words = num_bytes = 0
+    """Join what was written of the parts to the files of the split. ValueError if there is no line at all."""
+    total = Counts()
     with (
-        closing(_DigestedFile(directory / f"{split}.tokens")) as tokens,
-        closing(_DigestedFile(directory / f"{split}.sentences")) as sentences,
+        closing(DigestedFile(directory / f"{split}.tokens")) as tokens,
+        closing(DigestedFile(directory / f"{split}.sentences")) as sentences,
     ):
-        for batch in batches:
-            lines = [normalize(line) for line in batch]
-            token_N = vocabulary.encode_lines(lines)
-            end_N = np.flatnonzero(token_N == vocabulary.end_id) + (num_tokens + 1)
-            assert len(end_N) == len(lines), "one end for each line"
-            tokens.write(token_N.astype(dtype))
-            sentences.write(end_N.astype(SENTENCE_DTYPE))
-            num_tokens += len(token_N)
-            num_sentences += len(lines)
-            if vocabulary.tokens_are_words:
-                num_words += len(token_N) - len(lines)
-            else:
-                num_words += vocabulary.normalization.count_words(lines)
-            num_bytes += sum(len(line.encode()) for line in lines) + len(lines)
+        for part in parts:
+            if split not in part.division.splits:
+                continue
+            _copy(pieces.path(_piece(part), f"{split}.tokens"), tokens)
+            _copy_ends(pieces.path(_piece(part), f"{split}.sentences"), sentences, total.tokens)
+            total += pieces.record(_piece(part)).splits[split]
         tokens.bring_to_disk()
         sentences.bring_to_disk()
-    if num_sentences == 0:
+    if total.sentences == 0:
         names = ", ".join(source.name for source in sources[:3])
         cure = "give more text, or hold out a larger share"
         raise ValueError(f"{split}: no line for it in {names}, blank ones not counted; {cure}")
     return SplitManifest(
-        tokens=num_tokens,
-        sentences=num_sentences,
-        words=num_words,
-        bytes=num_bytes,
-        dtype=dtype.str,
+        **total.model_dump(),
+        dtype=token_dtype(vocabulary.size).str,
         tokens_sha256=tokens.sha256,
         sentences_sha256=sentences.sha256,
         sources=sources,
     )
+
+
+def _copy(source: Path, target: DigestedFile) -> None:
+    with source.open("rb") as file:
+        while content := file.read(_COPIED_AT_ONCE):
+            target.write(content)
+
+
+def _copy_ends(source: Path, target: DigestedFile, offset: int) -> None:
+    with source.open("rb") as file:
+        while content := file.read(_COPIED_AT_ONCE):
+            end_N = np.frombuffer(content, dtype=SENTENCE_DTYPE) + np.uint64(offset)
+            target.write(end_N.astype(SENTENCE_DTYPE).tobytes())

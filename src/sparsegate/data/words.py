@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import repeat
+from itertools import chain, repeat
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -14,18 +14,22 @@ from .vocabulary import END, UNKNOWN, Vocabulary, check_ids, check_lines
 END_ID = 0
 UNKNOWN_ID = 1
 MAX_WORD_LENGTH = 128
+_LINE_END = ("\n",)
 
 
-def most_common(count: Mapping[str, int], size: int | None) -> list[str]:
-    """The entries of `count` by falling count, then code point: at most `size` with both specials."""
-    ordered = sorted(count, key=lambda entry: (-count[entry], entry))
+def most_common(count: Mapping[str, int], *, size: int | None, min_count: int) -> list[str]:
+    """The entries of `count` that it has at least `min_count` times, by falling count, then code point: at
+    most `size` with both specials."""
+    frequent = [entry for entry, number in count.items() if number >= min_count]
+    ordered = sorted(frequent, key=lambda entry: (-count[entry], entry))
     return ordered if size is None else ordered[: size - 2]
 
 
 class WordVocabulary(Vocabulary):
     """Words by falling count after ``</s>`` (id 0) and ``<unk>`` (id 1).
 
-    `words` and `counts` (how often each stood in the training text) run over all ids. Words of more than 128
+    `words` and `counts` (how often each stood in the training text, 0 where that is not known) run over all
+    ids. Words of more than 128
     characters are always unknown. Decoding joins words with a space, which is not how they were spaced in
     plain text.
     """
@@ -43,19 +47,24 @@ class WordVocabulary(Vocabulary):
                     f"words: {word[:40]!r} is not one word of at most {MAX_WORD_LENGTH} characters"
                 )
         self._id_of = {word: token for token, word in enumerate(self._words)}
-        # The end of a sentence is written as a line feed; as a word of the text it is like any other unknown.
+        # The end of a sentence is looked up as a line feed; as a word of the text it is like any unknown.
         self._id_of[END] = UNKNOWN_ID
         self._id_of["\n"] = END_ID
 
     @classmethod
-    def from_counts(cls, count: Mapping[str, int], *, size: int | None, normalization: Normalization) -> Self:
-        """The `size` most frequent words (None: all of them). `count` counts line ends as ``"\\n"``."""
+    def from_counts(
+        cls, count: Mapping[str, int], *, size: int | None, min_count: int, normalization: Normalization
+    ) -> Self:
+        """The `size` most frequent words (None: all of them) of those that occur at least `min_count` times.
+
+        `count` counts line ends as ``"\\n"``.
+        """
         known = {
             word: number
             for word, number in count.items()
             if word not in ("\n", END, UNKNOWN) and len(word) <= MAX_WORD_LENGTH
         }
-        words = most_common(known, size)
+        words = most_common(known, size=size, min_count=min_count)
         ends = count.get("\n", 0)
         kept = [known[word] for word in words]
         unknown = sum(count.values()) - ends - sum(kept)
@@ -87,9 +96,10 @@ class WordVocabulary(Vocabulary):
 
     def encode_lines(self, lines: Sequence[str]) -> npt.NDArray[np.int64]:
         check_lines(lines)
-        words = self._normalization.words("\n".join((*lines, "")))
-        ids = map(self._id_of.get, words, repeat(UNKNOWN_ID))
-        return np.fromiter(ids, dtype=np.int64, count=len(words))
+        # In one stream, so that each word is looked up while it is still in the processor's cache.
+        ended = zip(map(self._normalization.split, map(normalize, lines)), repeat(_LINE_END))
+        words = chain.from_iterable(chain.from_iterable(ended))
+        return np.fromiter(map(self._id_of.get, words, repeat(UNKNOWN_ID)), dtype=np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
         words = [self._words[token] if token != END_ID else "\n" for token in check_ids(ids, self.size)]
@@ -125,10 +135,13 @@ class CharacterVocabulary(Vocabulary):
         self._id_of_code_point[ord("\n")] = END_ID
 
     @classmethod
-    def from_counts(cls, count: Mapping[str, int], *, size: int | None, normalization: Normalization) -> Self:
-        """The `size` most frequent characters (None: all of them). `count` counts line ends as ``"\\n"``."""
+    def from_counts(
+        cls, count: Mapping[str, int], *, size: int | None, min_count: int, normalization: Normalization
+    ) -> Self:
+        """The `size` most frequent characters (None: all of them) of those that occur at least `min_count`
+        times. `count` counts line ends as ``"\\n"``."""
         known = {character: number for character, number in count.items() if character != "\n"}
-        characters = most_common(known, size)
+        characters = most_common(known, size=size, min_count=min_count)
         kept = [known[character] for character in characters]
         counts = [count.get("\n", 0), sum(known.values()) - sum(kept), *kept]
         return cls(characters=[END, UNKNOWN, *characters], counts=counts, normalization=normalization)

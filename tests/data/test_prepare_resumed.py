@@ -1,0 +1,207 @@
+"""A dataset does not depend on who made it, in how many parts, and how often that was killed."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsegate.data import Dataset, TextOptions, prepare
+from tests.data.children import Options, make, make_and_die, many_parts, start
+from tests.data.making import prose, write
+
+KINDS = ["words", "characters", "subwords", "bytes"]
+
+
+def contents(dataset: Path) -> dict[str, bytes]:
+    Dataset.open(dataset).verify()
+    return {path.name: path.read_bytes() for path in dataset.iterdir()}
+
+
+def pieces(folder: Path) -> dict[str, int]:
+    """Every finished piece of work, and which file it is."""
+    return {path.name: path.stat().st_ino for path in folder.glob(".tmp-*/pieces/*.json")}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    return write(folder / "text", prose(9000))
+
+
+def whole(text: Path, kind: str) -> dict[str, bytes]:
+    """What it is, made at once by one process."""
+    output = text.with_name(f"whole-{kind}")
+    if not output.exists():
+        options = many_parts(output, text, kind, workers=1)
+        prepare(**{**options, "part_bytes": 1 << 30})
+    return contents(output)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_number_of_workers_makes_the_same_bytes(
+    kind: str, workers: int, text: Path, tmp_path: Path
+) -> None:
+    prepare(**many_parts(tmp_path / "dataset", text, kind, workers=workers))
+    assert contents(tmp_path / "dataset") == whole(text, kind)
+    assert [path.name for path in tmp_path.iterdir()] == ["dataset"]
+
+
+@settings(max_examples=30)
+@given(
+    lines=st.lists(st.text(alphabet="ab é\t", max_size=9), min_size=1, max_size=9),
+    part_bytes=st.integers(1, 30),
+)
+def test_parts_of_any_size_make_the_same_bytes(
+    lines: list[str], part_bytes: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("parts")
+    files = [write(folder / name, "\n".join([*lines, "end"])) for name in ("a", "b", "c")]
+    for output, size in (("one", 1 << 20), ("many", part_bytes)):
+        prepare(
+            output=folder / output,
+            train=files[:2],
+            test=files[2:],
+            vocabulary="words",
+            text=TextOptions(keep_blank_lines=True),
+            part_bytes=size,
+        )
+    assert contents(folder / "one") == contents(folder / "many")
+
+
+@pytest.mark.parametrize("kills", [12, pytest.param(200, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_what_is_killed_again_and_again_ends_as_what_is_not(
+    workers: int, kills: int, text: Path, tmp_path: Path
+) -> None:
+    expected = whole(text, "words")
+    choose = random.Random(workers)
+    killed = jobs = kept = 0
+    while killed < kills:
+        folder = tmp_path / str(jobs)
+        options = many_parts(folder / "dataset", text, "words", workers=workers)
+        while not ended(options, choose.uniform(0.05, 0.4 + 0.3 * workers)):
+            killed += 1
+            kept += len(pieces(folder))
+        jobs += 1
+        assert contents(folder / "dataset") == expected
+        assert [path.name for path in folder.iterdir()] == ["dataset"]
+    assert kept > 0
+
+
+def ended(options: Options, after_s: float) -> bool:
+    """Prepare in a child that is killed after a time; whether it ended before. No finished piece is lost."""
+    before = pieces(options["output"].parent)
+    process = start(make, options)
+    process.join(after_s)
+    process.kill()
+    process.join()
+    after = pieces(options["output"].parent)
+    if not process.exitcode:
+        return True
+    # What stands at the end, when pieces are removed, is the whole dataset.
+    assert before.items() <= after.items() or any(options["output"].parent.glob(".tmp-*/dataset.json"))
+    return False
+
+
+def test_a_kill_before_any_change_ends_as_what_is_not_killed(tmp_path: Path) -> None:
+    text = write(tmp_path / "text", prose(60))
+    options = {"kind": "words", "workers": 1}
+    prepare(**{**many_parts(tmp_path / "whole", text, **options), "part_bytes": 1500})
+    expected = contents(tmp_path / "whole")
+    at_change, exitcode = 1, -signal.SIGKILL
+    while exitcode:
+        output = tmp_path / str(at_change) / "dataset"
+        made = {**many_parts(output, text, **options), "part_bytes": 1500}
+        process = start(make_and_die, made, at_change)
+        process.join()
+        exitcode = process.exitcode
+        if exitcode:
+            assert exitcode == -signal.SIGKILL
+            if not output.exists():
+                prepare(**made)
+        assert contents(output) == expected
+        at_change += 1
+    assert at_change > 30
+
+
+def test_workers_end_with_their_parent(text: Path, tmp_path: Path) -> None:
+    options = many_parts(tmp_path / "dataset", text, "words", workers=3)
+    process = start(make, options)
+    until = time.monotonic() + 20
+    while not pieces(tmp_path) and time.monotonic() < until:
+        time.sleep(0.01)
+    using = processes_that_name(tmp_path)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    while processes_that_name(tmp_path) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert using
+    assert processes_that_name(tmp_path) == set()
+
+
+def processes_that_name(folder: Path) -> set[int]:
+    """The processes that have a file of the folder open."""
+    found = set()
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if link.readlink().is_relative_to(folder):
+                found.add(int(link.parts[2]))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("damage", ["changed", "shorter", "missing", "record"])
+def test_a_damaged_piece_is_made_again(damage: str, text: Path, tmp_path: Path) -> None:
+    options = many_parts(tmp_path / "dataset", text, "words", workers=1)
+    process = start(make, options)
+    while len(pieces(tmp_path)) < 3:
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    record = sorted(tmp_path.glob(".tmp-*/pieces/*.json"))[0]
+    file = sorted(path for path in record.parent.glob(f"{record.stem}.*") if path != record)[0]
+    content = file.read_bytes()
+    match damage:
+        case "changed":
+            file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        case "shorter":
+            file.write_bytes(content[:-8])
+        case "missing":
+            file.unlink()
+        case "record":
+            record.write_bytes(record.read_bytes()[:-9])
+    prepare(**options)
+    assert contents(tmp_path / "dataset") == whole(text, "words")
+
+
+def test_text_that_has_changed_is_read_again(text: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "text", text.read_bytes())
+    options = many_parts(tmp_path / "dataset", source, "words", workers=1)
+    process = start(make, options)
+    while len(pieces(tmp_path)) < 3:
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    write(source, source.read_bytes().replace(b"line 1 ", b"lime 1 "))
+    prepare(**options)
+    again = write(tmp_path / "again/text", source.read_bytes())
+    prepare(**many_parts(tmp_path / "again/dataset", again, "words", workers=1))
+    assert contents(tmp_path / "dataset") == contents(tmp_path / "again/dataset")
+
+
+def test_a_second_process_on_the_same_dataset_is_refused(text: Path, tmp_path: Path) -> None:
+    options = many_parts(tmp_path / "dataset", text, "words", workers=1)
+    process = start(make, options)
+    while not pieces(tmp_path):
+        time.sleep(0.005)
+    with pytest.raises(FileExistsError, match="dataset: another process is making it"):
+        prepare(**options)
+    process.join()
+    assert contents(tmp_path / "dataset") == whole(text, "words")
