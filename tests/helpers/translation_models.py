@@ -116,3 +116,17 @@ def noise_for(model: TranslationModel, pairs: Pairs) -> dict[str, Tensor]:
         )
         for name, width in model.noise_widths().items()
     }
+
+
+def a_talker(kind: str, *, vocab_size: int = 6, seed: int = 0, end_bias: float = 0.0) -> TranslationModel:
+    """A translator of few words in training mode whose distributions are neither flat nor certain."""
+    config = CONFIGS.get(kind) or replace(MIXTURES, encoder_block=BALANCED, decoder_block=BALANCED)
+    torch.manual_seed(seed)
+    model = a_translator(replace(config, vocab_size=vocab_size, dropout=0.5))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lstm" in name or "attention" in name or "embedding" in name:
+                parameter.copy_(torch.randn_like(parameter) * 2 * parameter.shape[-1] ** -0.5)
+        model.softmax.weight.mul_(2.0)
+        model.softmax.bias[END] += end_bias
+    return model
