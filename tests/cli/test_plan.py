@@ -6,7 +6,7 @@ import pytest
 
 from sparsegate.cli.main import main
 from sparsegate.recipes.planner import plan
-from sparsegate.recipes.registry import recipe
+from sparsegate.recipes.registry import planned_recipe, recipe
 
 Capture = pytest.CaptureFixture[str]
 
@@ -31,10 +31,11 @@ def test_fields_of_the_recipe_can_be_changed(capsys: Capture):
     assert more["parameters"] - json.loads(capsys.readouterr().out)["parameters"] == 32 * 2 * 512 * (1024 + 1)
 
 
-def test_people_read_the_same_numbers(capsys: Capture):
-    assert main(["plan", "moe-256"]) == 0
+@pytest.mark.parametrize("name", ["moe-256", "translation-moe-512-h"])
+def test_people_read_the_same_numbers(name: str, capsys: Capture):
+    assert main(["plan", name]) == 0
     shown = capsys.readouterr().out
-    for value in vars(plan(recipe("moe-256").model)).values():
+    for value in vars(plan(planned_recipe(name).model)).values():
         assert f"{value:,}" in shown
 
 
@@ -42,6 +43,11 @@ def test_people_read_the_same_numbers(capsys: Capture):
     ("words", "message"),
     [
         (["moe-33"], "moe-33: no such recipe; did you mean moe-32?"),
+        (["translation-moe-33"], "translation-moe-33: no such recipe; did you mean translation-moe-32?"),
+        (
+            ["translation-moe-32", "--model.decoder-block.k", "33"],
+            "decoder_block.k (33) must be between 1 and num-experts (32)",
+        ),
         (["moe-32", "--model.num-expert", "8"], "--model.num-expert: no such option; did you mean"),
         (["moe-32", "--model.k", "33"], "model.k (33) must be between 1 and model.num-experts (32)"),
         (["moe-32", "--model.hidden", "many"], "model.hidden (many)"),

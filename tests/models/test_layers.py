@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sparsegate.models.layers import Dense, Mixture, Recurrent
+from sparsegate.models.layers import Bidirectional, Dense, Mixture, Recurrent, reversed_rows
 from tests.helpers.model_cases import WIDTH, lstm
 from tests.helpers.moe_cases import NUM_EXPERTS, a_moe, gradients
 from tests.helpers.tolerances import assert_close
@@ -47,6 +47,39 @@ def test_forget_gates_start_open_and_all_other_biases_at_zero():
     assert total.tolist() == [0.0] * WIDTH + [1.0] * WIDTH + [0.0] * 2 * WIDTH
 
 
+@pytest.mark.parametrize("projection", [0, WIDTH])
+def test_a_bidirectional_layer_reads_each_row_both_ways_without_its_padding(projection):
+    layer = Bidirectional(
+        forwards=a_recurrent(projection=projection, bias=True),
+        backwards=a_recurrent(projection=projection, bias=True),
+    )
+    x_BSD, mask_BS = some_input(), torch.arange(4) < torch.tensor([[4], [1], [3]])
+    ours = layer(x_BSD, None, mask_BS, None).y_BSD
+    cotangent, theirs = torch.randn_like(ours), 0.0
+    for row, length in enumerate((4, 1, 3)):
+        x_1SD = x_BSD[row : row + 1, :length]
+        y_1SD = lstm(layer.forwards.lstm, x_1SD) + lstm(layer.backwards.lstm, x_1SD.flip(1)).flip(1)
+        assert_close(ours[row, :length], y_1SD[0])
+        theirs = theirs + (y_1SD[0] * cotangent[row, :length]).sum()
+    of = (x_BSD, *layer.parameters())
+    for our_gradient, their_gradient in zip(
+        gradients((ours * cotangent)[mask_BS].sum(), *of), gradients(theirs, *of), strict=True
+    ):
+        assert_close(our_gradient, their_gradient)
+    whole = torch.ones_like(mask_BS)
+    assert torch.equal(layer(x_BSD, None, None, None).y_BSD, layer(x_BSD, None, whole, None).y_BSD)
+    assert layer.ops_per_token() == 2 * layer.forwards.ops_per_token()
+    assert layer.sees_later_tokens
+
+
+def test_rows_are_reversed_within_their_lengths():
+    x_BSD = torch.arange(8.0).reshape(2, 4, 1)
+    mask_BS = torch.arange(4) < torch.tensor([[3], [0]])
+    assert reversed_rows(x_BSD, mask_BS)[:, :, 0].tolist() == [[2, 1, 0, 3], [4, 5, 6, 7]]
+    assert torch.equal(reversed_rows(reversed_rows(x_BSD, mask_BS), mask_BS), x_BSD)
+    assert reversed_rows(x_BSD, None)[0, :, 0].tolist() == [3, 2, 1, 0]
+
+
 def test_a_mixture_is_the_sigmoid_of_the_layer():
     moe, x_BSD = a_moe(width=WIDTH), some_input()
     noise = torch.randn(3, 4, NUM_EXPERTS, dtype=torch.float64)
@@ -58,6 +91,7 @@ def test_a_mixture_is_the_sigmoid_of_the_layer():
     assert torch.equal(out.routing.expert_N, routing.expert_N)
     assert out.state is None
     assert Mixture(moe).ops_per_token() == moe.ops_per_token()
+    assert Mixture(moe).gate_ops_per_token() == moe.gate.ops_per_token()
 
 
 def test_a_dense_layer_is_the_sigmoid_of_a_stack_of_relu_layers():

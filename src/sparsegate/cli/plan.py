@@ -2,50 +2,46 @@
 
 import json
 from argparse import Namespace
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 from rich.console import Console
 from rich.table import Table
 
 from ..recipes.planner import plan
-from ..recipes.registry import RECIPES, recipe
+from ..recipes.registry import RECIPES, TRANSLATION_RECIPES, planned_recipe
+from ..recipes.translation import TranslationRecipe
 from ..training.config import RunConfig
 from .verb import Parser, Verb
 
 EXAMPLE = """
 sparsegate plan moe-256
 sparsegate plan moe-32 --model.num-experts 64 --json
+sparsegate plan translation-moe-2048-h
 """
-
-_MEANINGS = {
-    "parameters": "parameters",
-    "parameters_without_embedding_and_softmax": "  without embedding and softmax",
-    "ops_per_timestep": "multiply-adds per timestep, softmax excluded",
-    "ops_per_timestep_with_softmax": "  with softmax",
-}
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("name", help=f"recipe: {', '.join(RECIPES)}")
+    parser.add_argument("name", help=f"recipe: {', '.join([*RECIPES, *TRANSLATION_RECIPES])}")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def config(args: Namespace) -> RunConfig | None:
+def config(args: Namespace) -> RunConfig | TranslationRecipe | None:
     name = getattr(args, "name", None)
-    return None if name is None else recipe(name)
+    return None if name is None else planned_recipe(name)
 
 
 def run(args: Namespace) -> int:
-    numbers = asdict(plan(args.config.model))
+    counted = plan(args.config.model)
     if args.json:
-        print(json.dumps(numbers))
+        print(json.dumps(asdict(counted)))
         return 0
     table = Table(title=args.name, title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")
     table.add_column(justify="right")
-    for name, meaning in _MEANINGS.items():
-        table.add_row(meaning, f"{numbers[name]:,}", f"{numbers[name] / 1e6:,.1f} M")
+    for field in fields(counted):
+        number = getattr(counted, field.name)
+        table.add_row(field.metadata["doc"], f"{number:,}", f"{number / 1e6:,.1f} M")
     Console().print(table)
     return 0
 

@@ -3,7 +3,7 @@
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,29 @@ _MAX_TOKENS = 1_000_000
 _MAX_TEMPERATURE = 1000.0
 _MAX_STOPS = 64
 _MAX_STOP_LENGTH = 1000
+
+
+class Drawing(Protocol):
+    """How the next token is drawn; the meanings stand in `Sampling`."""
+
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_k(self) -> int | None: ...
+    @property
+    def top_p(self) -> float | None: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def require_drawing(drawing: Drawing) -> None:
+    """Refuse what no token can be drawn with."""
+    fits = 0 <= drawing.temperature <= _MAX_TEMPERATURE
+    _require("temperature", drawing.temperature, fits, f"from 0 to {_MAX_TEMPERATURE:g}")
+    _require("top_k", drawing.top_k, drawing.top_k is None or drawing.top_k >= 1, "at least 1")
+    fits = drawing.top_p is None or 0 < drawing.top_p <= 1
+    _require("top_p", drawing.top_p, fits, "above 0 and at most 1")
+    _require("seed", drawing.seed, 0 <= drawing.seed < 1 << 63, "from 0 to 2**63 - 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +66,7 @@ class Sampling:
         _require(
             "max_tokens", self.max_tokens, 1 <= self.max_tokens <= _MAX_TOKENS, f"from 1 to {_MAX_TOKENS:,}"
         )
-        fits = 0 <= self.temperature <= _MAX_TEMPERATURE
-        _require("temperature", self.temperature, fits, f"from 0 to {_MAX_TEMPERATURE:g}")
-        _require("top_k", self.top_k, self.top_k is None or self.top_k >= 1, "at least 1")
-        _require("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1")
-        _require("seed", self.seed, 0 <= self.seed < 1 << 63, "from 0 to 2**63 - 1")
+        require_drawing(self)
         fits = (
             not isinstance(self.stop, str)
             and len(self.stop) <= _MAX_STOPS
@@ -87,7 +106,7 @@ def _scaled(score: npt.NDArray[np.float64], temperature: float) -> npt.NDArray[n
 
 
 def choose(
-    logits_BV: Tensor, *, sampling: Sampling, draws: Sequence[np.random.PCG64], never: int | None
+    logits_BV: Tensor, *, sampling: Drawing, draws: Sequence[np.random.PCG64], never: int | None
 ) -> list[int]:
     """The next token of each row.
 
@@ -104,13 +123,18 @@ def choose(
     host_BV = logits_BV.detach().cpu().to(dtype, copy=True).numpy()
     if never is not None:
         host_BV[:, never] = -np.inf
-    if not np.isfinite(host_BV.max(axis=-1)).all():
-        raise ValueError("the model's output is not finite: its training diverged; use an earlier checkpoint")
+    require_finite(host_BV.max(axis=-1))
     if sampling.temperature == 0:
         return host_BV.argmax(axis=-1).tolist()
     score_BV = restrict(host_BV, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
     noise_BV = np.stack([_gumbel(bits, score_BV.shape[1]) for bits in draws])
     return (score_BV + noise_BV).argmax(axis=-1).tolist()
+
+
+def require_finite(best_B: npt.NDArray[Any]) -> None:
+    """Refuse rows whose greatest logit or log-probability is no finite number."""
+    if not np.isfinite(best_B).all():
+        raise ValueError("the model's output is not finite: its training diverged; use an earlier checkpoint")
 
 
 def _gumbel(bits: np.random.PCG64, size: int) -> npt.NDArray[np.float64]:

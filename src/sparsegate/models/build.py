@@ -2,14 +2,10 @@
 
 import torch
 
-from ..moe.experts.feed_forward import FeedForward
-from ..moe.experts.swiglu import SwiGLU
-from ..moe.gating.capacity import Capacity
-from ..moe.layer import MoE
 from .config import FeedForwardLM, LanguageModelConfig, MixtureLM
-from .gates import build_gate
 from .language_model import LanguageModel
 from .layers import Dense, Layer, Mixture, Recurrent
+from .mixture import build_mixture
 
 
 def build(
@@ -30,7 +26,7 @@ def build(
     layers: dict[str, Layer]
     match config:
         case MixtureLM():
-            mixture = Mixture(_mixture(config, device=device, dtype=dtype))
+            mixture = Mixture(build_mixture(config, width=config.width, device=device, dtype=dtype))
             layers = {"lstm1": recurrent(), "moe": mixture, "lstm2": recurrent()}
         case FeedForwardLM():
             dense = Dense(width=config.width, hidden=config.hidden, device=device, dtype=dtype)
@@ -46,21 +42,3 @@ def build(
         device=device,
         dtype=dtype,
     )
-
-
-def _mixture(config: MixtureLM, *, device: torch.device | str | None, dtype: torch.dtype | None) -> MoE:
-    gate = build_gate(
-        config.gate,
-        width=config.width,
-        num_experts=config.num_experts,
-        k=config.k,
-        device=device,
-        dtype=dtype,
-    )
-    if config.capacity is not None:
-        gate = Capacity(gate, factor=config.capacity, drop=config.drop)
-    kind = SwiGLU if config.experts == "swiglu" else FeedForward
-    experts = kind(
-        width=config.width, hidden=config.hidden, num_experts=config.num_experts, device=device, dtype=dtype
-    )
-    return MoE(gate=gate, experts=experts)

@@ -1,14 +1,16 @@
 """What a language model is made of: one frozen dataclass per kind."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .gates import GateConfig, NoisyTopKGate, require_gate
+from .gates import GateConfig, NoisyTopKGate
+from .mixture import require_mixture
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Common:
+class Common:
+    """What the paper's models have in common, and the relations that must hold between these."""
+
     vocab_size: int = field(metadata={"doc": "number of entries in the vocabulary; set by the dataset"})
     width: int = field(metadata={"doc": "of the embedding and of every layer's input and output"})
     lstm_units: int = field(metadata={"doc": "of each LSTM"})
@@ -52,7 +54,7 @@ class _Common:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixtureLM(_Common):
+class MixtureLM(Common):
     """LSTM, mixture of experts, LSTM: the paper's language model."""
 
     kind: Literal["mixture"] = "mixture"
@@ -76,22 +78,11 @@ class MixtureLM(_Common):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.k <= self.num_experts:
-            raise ValueError(
-                f"model.k ({self.k}) must be between 1 and model.num-experts ({self.num_experts})"
-            )
-        if self.hidden < 1:
-            raise ValueError(f"model.hidden ({self.hidden}) must be at least 1")
-        require_gate(self.gate, num_experts=self.num_experts, k=self.k)
-        if self.capacity is not None and not 1 <= self.capacity < math.inf:
-            raise ValueError(
-                f"model.capacity ({self.capacity}) must be at least 1, or none; below 1, perfect balance "
-                "drops tokens"
-            )
+        require_mixture(self, where="model.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeedForwardLM(_Common):
+class FeedForwardLM(Common):
     """LSTM, one dense feed-forward network, LSTM: MoE-1-Wide and MoE-1-Deep."""
 
     kind: Literal["feed_forward"] = "feed_forward"
@@ -106,7 +97,7 @@ class FeedForwardLM(_Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecurrentLM(_Common):
+class RecurrentLM(Common):
     """LSTMs alone: 4xLSTM-512, LSTM-2048-512."""
 
     kind: Literal["recurrent"] = "recurrent"

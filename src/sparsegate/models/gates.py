@@ -1,4 +1,4 @@
-"""The gates that a language model's mixture may have: what each is made of, and how it is built."""
+"""The gates that a model's mixture may have: what each is made of, and how it is built."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -140,34 +140,37 @@ def trains_thresholds(config: GateConfig) -> bool:
     return isinstance(config, BalancedGate)
 
 
-def require_gate(config: GateConfig, *, num_experts: int, k: int) -> None:
-    """Refuse a gate that does not fit the experts, naming fields as the command line does."""
+def require_gate(config: GateConfig, *, num_experts: int, k: int, where: str) -> None:
+    """Refuse a gate that does not fit the experts, naming fields as the command line does.
+
+    where: what stands before their names, such as `model.`.
+    """
     if isinstance(config, SoftmaxGate) and k != num_experts:
         raise ValueError(
-            f"model.k ({k}) must equal model.num-experts ({num_experts}) with model.gate.kind softmax, "
+            f"{where}k ({k}) must equal {where}num-experts ({num_experts}) with {where}gate.kind softmax, "
             "which chooses all experts"
         )
     most = config.most_per_token if isinstance(config, BalancedGate) else None
     if most is not None and not 1 <= most <= num_experts:
         raise ValueError(
-            f"model.gate.most-per-token ({most}) must be between 1 and model.num-experts "
+            f"{where}gate.most-per-token ({most}) must be between 1 and {where}num-experts "
             f"({num_experts}), or none"
         )
     if not isinstance(config, HierarchicalGate):
         return
     if config.num_groups < 1 or num_experts % config.num_groups:
         raise ValueError(
-            f"model.gate.num-groups ({config.num_groups}) must divide model.num-experts ({num_experts})"
+            f"{where}gate.num-groups ({config.num_groups}) must divide {where}num-experts ({num_experts})"
         )
     if not 1 <= config.k_primary <= config.num_groups or k % config.k_primary:
         raise ValueError(
-            f"model.gate.k-primary ({config.k_primary}) must be between 1 and model.gate.num-groups "
-            f"({config.num_groups}), and divide model.k ({k})"
+            f"{where}gate.k-primary ({config.k_primary}) must be between 1 and {where}gate.num-groups "
+            f"({config.num_groups}), and divide {where}k ({k})"
         )
     if k // config.k_primary > num_experts // config.num_groups:
         raise ValueError(
-            f"model.k ({k}) must be at most model.gate.k-primary ({config.k_primary}) times the experts of a "
-            f"group ({num_experts // config.num_groups})"
+            f"{where}k ({k}) must be at most {where}gate.k-primary ({config.k_primary}) times the experts "
+            f"of a group ({num_experts // config.num_groups})"
         )
 
 

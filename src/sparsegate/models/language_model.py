@@ -7,7 +7,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..moe.routing import BalanceSums, Routing
+from ..moe.routing import Routing
+from .layered import LayeredModel
 from .layers import Layer, LSTMState
 from .softmax import OutputSoftmax
 
@@ -26,7 +27,7 @@ class LanguageModelOutput:
     routings: dict[str, Routing]
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(LayeredModel):
     """x_0 = dropout(embedding), x_i = x_{i-1} + dropout(layer_i(x_{i-1})), softmax of the last.
 
     Every layer except the softmax has dropout on its output, and then the output of the layer before is added
@@ -83,30 +84,10 @@ class LanguageModel(nn.Module):
         return LanguageModelOutput(hidden_BSD=x_BSD, state=new_state, routings=routings)
 
     def named_layers(self) -> Iterable[tuple[str, Layer]]:
-        """The layers between embedding and softmax, in order."""
         return cast(Iterable[tuple[str, Layer]], self.layers.items())
 
-    def has_mixtures(self) -> bool:
-        """Whether any layer routes, and so has balance losses."""
-        return any(layer.routes for _, layer in self.named_layers())
-
-    def expert_parameters(self) -> list[nn.Parameter]:
-        """The weights of all layers' experts."""
-        return [parameter for _, layer in self.named_layers() for parameter in layer.expert_parameters()]
-
-    def after_step(self, sums: Mapping[str, BalanceSums]) -> None:
-        """Tell the gates what an optimizer step was made of: sums over the whole batch, by layer name."""
-        for name, layer in self.named_layers():
-            if name in sums:
-                layer.after_step(sums[name])
-
     def sees_later_tokens(self) -> bool:
-        """Whether, in the present mode, a token's experts depend on the tokens after it."""
         return any(layer.sees_later_tokens for _, layer in self.named_layers())
-
-    def noise_widths(self) -> dict[str, int]:
-        """Standard normal draws per token that each layer's gate uses in training, by layer name."""
-        return {name: layer.noise_width for name, layer in self.named_layers() if layer.noise_width}
 
     def ops_per_token(self) -> int:
         """Multiply-adds per token without the softmax: the "ops/timestep" of the paper's tables 7 and 8."""

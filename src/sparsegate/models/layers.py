@@ -56,6 +56,15 @@ class Layer(nn.Module, ABC):
         """Whether, in the present mode, what becomes of a token depends on tokens after it."""
         return False
 
+    @property
+    def selects_over_batch(self) -> bool:
+        """Whether, in the present mode, what becomes of a row depends on the batch's other rows."""
+        return False
+
+    def gate_ops_per_token(self) -> int:
+        """Of `ops_per_token`, those that decide which experts compute."""
+        return 0
+
 
 class Recurrent(Layer):
     """An LSTM; where `projection` is not 0, its projected output feeds the next step (Sak et al. 2014)."""
@@ -100,6 +109,43 @@ class Recurrent(Layer):
         return sum(p.numel() for name, p in self.lstm.named_parameters() if name.startswith("weight"))
 
 
+class Bidirectional(Layer):
+    """The sum of one LSTM that reads forwards and one that reads each row backwards from its last token.
+
+    A sum keeps the width. Its mask must be true on a first part of each row and false on the rest; the
+    reader that goes backwards meets the padding last. It carries no state: it needs the whole row.
+    """
+
+    def __init__(self, *, forwards: Recurrent, backwards: Recurrent) -> None:
+        super().__init__()
+        self.forwards = forwards
+        self.backwards = backwards
+
+    def forward(
+        self, x_BSD: Tensor, state: LSTMState | None, mask_BS: Tensor | None, noise: Tensor | None
+    ) -> LayerOutput:
+        assert state is None
+        forwards = self.forwards(x_BSD, None, mask_BS, None)
+        backwards = self.backwards(reversed_rows(x_BSD, mask_BS), None, mask_BS, None)
+        return LayerOutput(y_BSD=forwards.y_BSD + reversed_rows(backwards.y_BSD, mask_BS))
+
+    def ops_per_token(self) -> int:
+        return self.forwards.ops_per_token() + self.backwards.ops_per_token()
+
+    @property
+    def sees_later_tokens(self) -> bool:
+        return True
+
+
+def reversed_rows(x_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:
+    """The real tokens of each row in reverse order; padding, after them, where it was."""
+    if mask_BS is None:
+        return x_BSD.flip(1)
+    step_S = torch.arange(x_BSD.shape[1], device=x_BSD.device)
+    index_BS = (mask_BS.sum(dim=1, keepdim=True) - 1 - step_S).where(mask_BS, step_S)
+    return x_BSD.gather(1, index_BS[:, :, None].expand_as(x_BSD))
+
+
 class Mixture(Layer):
     """sigmoid(MoE(x)) (appendix C.1), applied to all time steps at once (section 3.1, "convolutionality")."""
 
@@ -128,6 +174,13 @@ class Mixture(Layer):
     @property
     def sees_later_tokens(self) -> bool:
         return self.moe.gate.sees_later_tokens
+
+    @property
+    def selects_over_batch(self) -> bool:
+        return self.moe.gate.selects_over_batch
+
+    def gate_ops_per_token(self) -> int:
+        return self.moe.gate.ops_per_token()
 
 
 class Dense(Layer):

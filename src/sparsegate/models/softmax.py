@@ -58,6 +58,16 @@ class OutputSoftmax(nn.Module):
         logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
         return F.cross_entropy(logits_TV, target_T, reduction="none").view_as(target)
 
+    def nll_and_uniform(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The exact `nll`, and the mean of -log p over all words: what label smoothing is made of."""
+        logits = self(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logsumexp = logits.logsumexp(dim=-1)
+        return (
+            logsumexp - logits.gather(-1, target[..., None]).squeeze(-1),
+            logsumexp - logits.mean(dim=-1),
+        )
+
     def sampled_nll(self, hidden_TD: Tensor, target_T: Tensor, sample_S: Tensor) -> Tensor:
         """-log of the target's share among itself and the candidates, [T].
 

@@ -1,8 +1,13 @@
 """What a model costs, told before it is built: parameters and multiply-adds, from the meta device."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import overload
+
+from torch import nn
 
 from ..models import LanguageModelConfig, build
+from ..models.translation import Translation, build_translation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,19 +19,65 @@ class Plan:
     ops_per_timestep_with_softmax: with it.
     """
 
-    parameters: int
-    parameters_without_embedding_and_softmax: int
-    ops_per_timestep: int
-    ops_per_timestep_with_softmax: int
+    parameters: int = field(metadata={"doc": "parameters"})
+    parameters_without_embedding_and_softmax: int = field(metadata={"doc": "  without embedding and softmax"})
+    ops_per_timestep: int = field(metadata={"doc": "multiply-adds per timestep, softmax excluded"})
+    ops_per_timestep_with_softmax: int = field(metadata={"doc": "  with softmax"})
 
 
-def plan(config: LanguageModelConfig) -> Plan:
+@dataclass(frozen=True, kw_only=True)
+class TranslationPlan:
+    """Sizes of a translation model.
+
+    ops_per_timestep: multiply-adds for a source and a target token in the forward pass: LSTMs, experts and
+    softmax. This count gives the 85 and 102 million of tables 2 to 5, whose language models count gates, but
+    no softmax. ops_per_timestep_with_gates_and_attention: with these, but for attention's products for each
+    pair of tokens, which depend on the lengths.
+    """
+
+    parameters: int = field(metadata={"doc": "parameters"})
+    parameters_without_embedding_and_softmax: int = field(metadata={"doc": "  without embedding and softmax"})
+    ops_per_timestep: int = field(
+        metadata={"doc": "multiply-adds per timestep, softmax included, gates and attention excluded"}
+    )
+    ops_per_timestep_with_gates_and_attention: int = field(metadata={"doc": "  with gates and attention"})
+
+
+@overload
+def plan(config: LanguageModelConfig) -> Plan: ...
+@overload
+def plan(config: Translation) -> TranslationPlan: ...
+def plan(config: LanguageModelConfig | Translation) -> Plan | TranslationPlan:
     """Count a model's parameters and operations without allocating its weights."""
+    match config:
+        case Translation():
+            return _translation(config)
+        case _:
+            return _language_model(config)
+
+
+def _language_model(config: LanguageModelConfig) -> Plan:
     model = build(config, device="meta")
     ops = model.ops_per_token()
     return Plan(
-        parameters=sum(p.numel() for p in model.parameters()),
-        parameters_without_embedding_and_softmax=sum(p.numel() for p in model.layers.parameters()),
+        parameters=_count(model.parameters()),
+        parameters_without_embedding_and_softmax=_count(model.layers.parameters()),
         ops_per_timestep=ops,
         ops_per_timestep_with_softmax=ops + model.softmax.ops_per_token(),
     )
+
+
+def _translation(config: Translation) -> TranslationPlan:
+    model = build_translation(config, device="meta")
+    ops = model.ops_per_token()
+    return TranslationPlan(
+        parameters=_count(model.parameters()),
+        parameters_without_embedding_and_softmax=_count(model.encoder.parameters())
+        + _count(model.decoder.parameters()),
+        ops_per_timestep=ops,
+        ops_per_timestep_with_gates_and_attention=ops + model.gate_and_attention_ops_per_token(),
+    )
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)

@@ -1,10 +1,11 @@
 """All recipes by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from ..training.config import RunConfig
 from ..training.overrides import did_you_mean
-from . import news, paper, small
+from . import news, paper, small, translation
+from .translation import TranslationRecipe
 
 _FUNCTIONS: tuple[Callable[[], RunConfig], ...] = (
     paper.moe_4,
@@ -39,11 +40,40 @@ _FUNCTIONS: tuple[Callable[[], RunConfig], ...] = (
 )
 RECIPES: dict[str, Callable[[], RunConfig]] = {function().name: function for function in _FUNCTIONS}
 
+_TRANSLATION_FUNCTIONS: tuple[Callable[[], TranslationRecipe], ...] = (
+    translation.translation_lstm,
+    translation.translation_dense,
+    translation.translation_moe_32,
+    translation.translation_moe_512_h,
+    translation.translation_moe_2048_h,
+    translation.translation_gnmt,
+    translation.multilingual_dense,
+    translation.multilingual_moe_512,
+)
+TRANSLATION_RECIPES: dict[str, Callable[[], TranslationRecipe]] = {
+    function().name: function for function in _TRANSLATION_FUNCTIONS
+}
+
 
 def recipe(name: str) -> RunConfig:
     """The configuration of a named run. ValueError for a name that is none."""
-    if name not in RECIPES:
+    if name in TRANSLATION_RECIPES:
         raise ValueError(
-            f"{name}: no such recipe{did_you_mean(name, RECIPES)} (there are: {', '.join(RECIPES)})"
+            f"{name}: translation models cannot be trained yet; `sparsegate plan {name}` tells what it costs"
         )
+    if name not in RECIPES:
+        raise _unknown(name, RECIPES)
     return RECIPES[name]()
+
+
+def planned_recipe(name: str) -> RunConfig | TranslationRecipe:
+    """What can be planned under a name: a run, or a translation model. ValueError for a name that is none."""
+    if name in TRANSLATION_RECIPES:
+        return TRANSLATION_RECIPES[name]()
+    if name not in RECIPES:
+        raise _unknown(name, [*RECIPES, *TRANSLATION_RECIPES])
+    return recipe(name)
+
+
+def _unknown(name: str, known: Collection[str]) -> ValueError:
+    return ValueError(f"{name}: no such recipe{did_you_mean(name, known)} (there are: {', '.join(known)})")

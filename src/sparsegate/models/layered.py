@@ -1,0 +1,42 @@
+"""What is asked of every model, whatever its layers are and however they are joined."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from ..moe.routing import BalanceSums
+from .layers import Layer
+from .softmax import OutputSoftmax
+
+
+class LayeredModel(nn.Module, ABC):
+    """A model of named layers before a softmax. The names key its routings, and the noise of its gates."""
+
+    softmax: OutputSoftmax
+
+    @abstractmethod
+    def named_layers(self) -> Iterable[tuple[str, Layer]]:
+        """The layers between embedding and softmax, in order."""
+
+    def has_mixtures(self) -> bool:
+        """Whether any layer routes, and so has balance losses."""
+        return any(layer.routes for _, layer in self.named_layers())
+
+    def expert_parameters(self) -> list[nn.Parameter]:
+        """The weights of all layers' experts."""
+        return [parameter for _, layer in self.named_layers() for parameter in layer.expert_parameters()]
+
+    def after_step(self, sums: Mapping[str, BalanceSums]) -> None:
+        """Tell the gates what an optimizer step was made of: sums over the whole batch, by layer name."""
+        for name, layer in self.named_layers():
+            if name in sums:
+                layer.after_step(sums[name])
+
+    @abstractmethod
+    def sees_later_tokens(self) -> bool:
+        """Whether, in the present mode, what is said of a token depends on the tokens after it."""
+
+    def noise_widths(self) -> dict[str, int]:
+        """Standard normal draws per token that each layer's gate uses in training, by layer name."""
+        return {name: layer.noise_width for name, layer in self.named_layers() if layer.noise_width}

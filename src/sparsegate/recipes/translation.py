@@ -1,0 +1,103 @@
+"""The translation models of the paper (sections 5.3 and 5.4, appendix E), and dense ones to compare with.
+
+They can be planned; training them is not there yet. The paper leaves open the number of groups of the
+hierarchies, the width of attention and whether the encoder reads in both directions
+(`docs/decisions/0009-translation-models.md`). It has two embedding tables and a softmax.
+"""
+
+from dataclasses import dataclass, field
+
+from ..models.gates import BalancedGate, HierarchicalGate, NoisyTopKGate
+from ..models.translation import BlockConfig, DenseBlock, MixtureBlock, NoBlock, Translation
+
+VOCABULARY = 32_768  # subwords of both languages; a dataset brings its own
+WIDTH = 512
+UNITS = 2048
+EXPERT = 2048
+DROPOUT = 0.4  # of the models of a single pair
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranslationRecipe:
+    """A named translation model."""
+
+    name: str = field(metadata={"doc": "of the recipe"})
+    model: Translation = field(metadata={"doc": "the model"})
+
+
+def _model(name: str, block: BlockConfig, *, dropout: float = DROPOUT) -> TranslationRecipe:
+    """LSTMs of 2048 units, projected to 512, three in the encoder and two in the decoder."""
+    model = Translation(
+        vocab_size=VOCABULARY,
+        width=WIDTH,
+        lstm_units=UNITS,
+        lstm_projection=WIDTH,
+        dropout=dropout,
+        encoder_block=block,
+        decoder_block=block,
+        attention_width=WIDTH,
+        share_embedding=False,
+    )
+    return TranslationRecipe(name=name, model=model)
+
+
+def _hierarchy(num_experts: int, *, num_groups: int) -> TranslationRecipe:
+    """Strictly balanced at both levels; two groups, and two experts in each, per token on average."""
+    gate = HierarchicalGate(num_groups=num_groups, primary="balanced", secondary="balanced")
+    block = MixtureBlock(num_experts=num_experts, k=4, hidden=EXPERT, gate=gate)
+    return _model(f"translation-moe-{num_experts}-h", block)
+
+
+def translation_lstm() -> TranslationRecipe:
+    """No mixtures."""
+    return _model("translation-lstm", NoBlock())
+
+
+def translation_dense() -> TranslationRecipe:
+    """A feed-forward layer in the place of each mixture, with as many multiply-adds."""
+    return _model("translation-dense", DenseBlock(hidden=4 * EXPERT))
+
+
+def translation_moe_32() -> TranslationRecipe:
+    """32 experts, four of them active per token on average, strictly balanced."""
+    block = MixtureBlock(num_experts=32, k=4, hidden=EXPERT, gate=BalancedGate())
+    return _model("translation-moe-32", block)
+
+
+def translation_moe_512_h() -> TranslationRecipe:
+    """512 experts in 32 groups."""
+    return _hierarchy(512, num_groups=32)
+
+
+def translation_moe_2048_h() -> TranslationRecipe:
+    """2,048 experts in 64 groups: the model of the paper's tables 2 to 4."""
+    return _hierarchy(2048, num_groups=64)
+
+
+def multilingual_moe_512() -> TranslationRecipe:
+    """512 larger experts, two of them active per token, noisy top-k: twelve language pairs in one model."""
+    block = MixtureBlock(num_experts=512, k=2, hidden=4 * EXPERT, gate=NoisyTopKGate())
+    return _model("multilingual-moe-512", block, dropout=0.0)
+
+
+def multilingual_dense() -> TranslationRecipe:
+    """A feed-forward layer in the place of each mixture, with as many multiply-adds."""
+    return _model("multilingual-dense", DenseBlock(hidden=8 * EXPERT), dropout=0.0)
+
+
+def translation_gnmt() -> TranslationRecipe:
+    """A dense model of GNMT's size: nine LSTMs of width 1024 in the encoder, eight in the decoder."""
+    model = Translation(
+        vocab_size=VOCABULARY,
+        width=1024,
+        lstm_units=1024,
+        dropout=0.2,
+        encoder_layers=9,
+        decoder_layers=8,
+        encoder_block=NoBlock(),
+        decoder_block=NoBlock(),
+        attention="additive",
+        attention_width=1024,
+        share_embedding=False,
+    )
+    return TranslationRecipe(name="translation-gnmt", model=model)

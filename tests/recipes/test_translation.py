@@ -1,0 +1,101 @@
+"""The paper's translation models: what a plan counts, and what the paper prints."""
+
+import json
+
+import pytest
+
+from sparsegate.cli.main import main
+from sparsegate.models.gates import BalancedGate, HierarchicalGate, NoisyTopKGate
+from sparsegate.models.translation import MixtureBlock
+from sparsegate.recipes.planner import plan
+from sparsegate.recipes.registry import RECIPES, TRANSLATION_RECIPES, planned_recipe, recipe
+from sparsegate.recipes.translation import TranslationRecipe
+from sparsegate.training.overrides import from_json, to_json
+
+# name: multiply-adds per timestep (M), all parameters (billions; None: the paper prints none)
+PRINTED = {
+    "translation-dense": ("85", None),
+    "translation-moe-32": ("85", None),
+    "translation-moe-512-h": ("85", None),
+    "translation-moe-2048-h": ("85", "8.7"),
+    "multilingual-dense": ("102", None),
+    "multilingual-moe-512": ("102", "8.7"),
+}
+LSTM = 4 * (512 + 512) * 2048 + 2048 * 512
+CONTEXT = 4 * 512 * 2048
+SOFTMAX = 512 * 32_768
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_tables_2_to_5_come_out_to_the_printed_digit(name: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", name, "--json"]) == 0
+    counted = json.loads(capsys.readouterr().out)
+    ops, parameters = PRINTED[name]
+    assert f"{counted['ops_per_timestep'] / 1e6:.0f}" == ops
+    if parameters is not None:
+        assert f"{counted['parameters'] / 1e9:.1f}" == parameters
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_operations_are_lstms_one_context_two_layers_of_experts_and_the_softmax(name: str):
+    expert_ops = 2 * 512 * (16_384 if name.startswith("multilingual") else 8192)
+    counted = plan(planned_recipe(name).model)
+    assert counted.ops_per_timestep == 5 * LSTM + CONTEXT + 2 * expert_ops + SOFTMAX
+    without = plan(planned_recipe("translation-lstm").model)
+    assert counted.ops_per_timestep - without.ops_per_timestep == 2 * expert_ops
+
+
+def test_the_largest_model_is_its_experts_and_little_else():
+    counted = plan(planned_recipe("translation-moe-2048-h").model)
+    experts, gates = 2 * 2048 * 2 * 512 * 2048, 2 * (512 + 1) * (64 + 2048)
+    attention, tables = 2 * 512 * 512 + 512, 3 * 512 * 32_768 + 32_768
+    layers = 5 * LSTM + CONTEXT + experts + gates + attention
+    assert counted.parameters_without_embedding_and_softmax == layers
+    assert counted.parameters == layers + tables
+
+
+def test_the_dense_baseline_has_about_the_size_of_gnmt():
+    counted = plan(planned_recipe("translation-gnmt").model)
+    assert counted.parameters == pytest.approx(278e6, rel=0.02)
+    assert counted.ops_per_timestep_with_gates_and_attention == pytest.approx(212e6, rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["translation-moe-32", "translation-moe-512-h", "translation-moe-2048-h"])
+def test_models_of_one_pair_are_as_the_paper_says(name: str):
+    model = planned_recipe(name).model
+    block = model.encoder_block
+    assert block == model.decoder_block
+    assert isinstance(block, MixtureBlock)
+    assert (block.k, block.hidden, model.dropout) == (4, 2048, 0.4)
+    if isinstance(block.gate, HierarchicalGate):
+        assert (block.gate.primary, block.gate.secondary, block.gate.k_primary) == ("balanced", "balanced", 2)
+    else:
+        assert isinstance(block.gate, BalancedGate)
+    assert (model.encoder_layers, model.decoder_layers, model.attention) == (3, 2, "product")
+    assert (model.width, model.lstm_units, model.lstm_projection) == (512, 2048, 512)
+
+
+def test_the_multilingual_model_is_flat_and_noisy():
+    block = planned_recipe("multilingual-moe-512").model.encoder_block
+    assert (block.num_experts, block.k, block.hidden) == (512, 2, 8192)
+    assert isinstance(block.gate, NoisyTopKGate)
+
+
+@pytest.mark.parametrize("name", TRANSLATION_RECIPES)
+def test_every_recipe_has_its_name_and_is_the_same_after_json(name: str):
+    config = planned_recipe(name)
+    assert config.name == name
+    assert from_json(TranslationRecipe, to_json(config)) == config
+
+
+def test_no_name_is_given_twice():
+    assert not set(RECIPES) & set(TRANSLATION_RECIPES)
+
+
+def test_training_one_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(ValueError, match="^translation-moe-32: translation models cannot be trained yet; "):
+        recipe("translation-moe-32")
+    assert main(["train", "translation-moe-32", "--data", "nowhere"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "translation-moe-32: translation models cannot be trained yet; `sparsegate plan" in told
