@@ -43,6 +43,14 @@ def test_torchs_grouped_product_has_limits(changes):
     assert unsuited(setting(**{**suited, **changes})) is not None
 
 
+def test_on_a_gpu_torchs_product_is_chosen_and_the_others_by_name_alone():
+    assert chosen(device="cuda", dtype=torch.bfloat16) == "grouped_mm"
+    assert chosen(device="cuda", dtype=torch.float32) == chosen(device="cuda", dtype=torch.float64) == "loop"
+    unsuited = KERNELS["triton"].unsuited
+    assert "float64" in unsuited(setting(device="cuda", dtype=torch.float64))
+    assert "cpu" in unsuited(setting())
+
+
 def test_a_kernel_that_does_not_suit_is_refused_with_one_that_does():
     with pytest.raises(
         ValueError, match=r"kernel \('grouped_mm'\) is for CUDA devices, not for cpu: 'threaded' can be used"
@@ -62,7 +70,8 @@ def test_the_choice_is_logged_once_with_its_reason(caplog):
             feed_forward_kernel(None, setting(device="meta"))
     assert caplog.messages == [
         "experts on meta in torch.float32: kernel loop "
-        "(threaded: is for the CPU, not for meta; grouped_mm: is for CUDA devices, not for meta)"
+        "(threaded: is for the CPU, not for meta; grouped_mm: is for CUDA devices, not for meta; "
+        "triton: is for CUDA devices, not for meta)"
     ]
 
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from functools import cache, partial
+from importlib.util import find_spec
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -97,6 +98,22 @@ def _grouped_mm_unsuited(setting: Setting) -> str | None:
     return None
 
 
+def _triton_unsuited(setting: Setting) -> str | None:
+    if setting.device != "cuda":
+        return f"is for CUDA devices, not for {setting.device}"
+    if setting.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"does not compute in {setting.dtype}"
+    if find_spec("triton") is None:
+        return "needs triton, which is not installed"
+    return None
+
+
+def _load_triton() -> FeedForwardKernel:
+    from .triton.feed_forward import feed_forward  # triton is no dependency: imported by who chose it
+
+    return feed_forward
+
+
 KERNELS: dict[str, Kernel] = {
     kernel.name: kernel
     for kernel in (
@@ -117,6 +134,14 @@ KERNELS: dict[str, Kernel] = {
             what="one product per expert between dispatch and combine; any device, derivatives of any order",
             unsuited=lambda setting: None,
             load=lambda: partial(unfused.feed_forward, product=grouped_product),
+        ),
+        # Behind the one that always suits, so used only by name: proven in Triton's interpreter, but not yet
+        # run on a device (docs/performance.md).
+        Kernel(
+            name="triton",
+            what="fused kernels; no second derivatives",
+            unsuited=_triton_unsuited,
+            load=_load_triton,
         ),
     )
 }

@@ -224,7 +224,7 @@ def test_a_second_derivative_says_which_kernel_has_it():
     given = operands(routing, "relu")
     y_TD = feed_forward(*given, plan_rows(routing), "relu")
     (grad_x_TD,) = torch.autograd.grad(y_TD.square().sum(), given[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="use the kernel 'grouped'"):
+    with pytest.raises(RuntimeError, match="use the kernel 'loop'"):
         grad_x_TD.sum().backward()
 
 

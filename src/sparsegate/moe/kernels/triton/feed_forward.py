@@ -71,7 +71,7 @@ def _check(x_TD: Tensor, w_in_EDS: Tensor, w_out_EHD: Tensor, activation: str) -
         found = ", ".join(sorted(map(str, dtypes)))
         raise ValueError(
             f"dtype: the kernel 'triton' takes x, w_in and w_out in one of float32, bfloat16, float16, not"
-            f" {found}; the kernel 'grouped' takes float64 as well"
+            f" {found}; the kernel 'loop' takes float64 as well"
         )
     width, hidden = x_TD.shape[1], w_out_EHD.shape[1]
     columns = hidden * (2 if activation == "swiglu" else 1)
@@ -278,7 +278,7 @@ def _backward(ctx: Any, grad_y_TD: Tensor, _: Any) -> tuple[Tensor | None, ...]:
 
 
 def _no_second_derivative(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError("second derivatives: the kernel 'triton' has none; use the kernel 'grouped'")
+    raise RuntimeError("second derivatives: the kernel 'triton' has none; use the kernel 'loop'")
 
 
 _feed_forward.register_autograd(_backward, setup_context=_save)

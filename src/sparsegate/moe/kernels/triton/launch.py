@@ -119,7 +119,7 @@ def _measure(kernel: Any, candidates: list[Shape], run: Callable[[Shape], None])
         except OutOfResources:
             continue
     if not times:
-        raise RuntimeError(f"{kernel.__name__}: no tile shape fits this device: use the kernel 'grouped'")
+        raise RuntimeError(f"{kernel.__name__}: no tile shape fits this device: use the kernel 'loop'")
     fastest = min(times, key=lambda shape: times[shape])
     _log.info("%s: %s, %.3f ms, of %d", kernel.__name__, fastest, times[fastest], len(times))
     return fastest
