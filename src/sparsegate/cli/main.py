@@ -23,6 +23,7 @@ VERBS = {
     "plan": "Count the parameters and operations of a model without building it.",
     "conform": "Try the paper's laws on a mixture-of-experts layer of any origin.",
     "bench": "Time the layer against a dense one, its peers and the machine.",
+    "doctor": "Tell what is here, and which kernel would compute the experts.",
     "search": "Try learning rates and dropouts, and keep the best.",
     "quickstart": "Train a small mixture and the dense model of equal cost, and compare them.",
 }

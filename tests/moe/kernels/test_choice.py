@@ -18,7 +18,7 @@ def setting(**changes) -> Setting:
 
 
 def chosen(**changes) -> str:
-    return choice._choose(None, setting(**changes))
+    return choice.chosen_kernel(None, setting(**changes))
 
 
 def test_the_cpu_computes_in_threads_and_an_unknown_device_in_a_loop():
@@ -64,7 +64,7 @@ def test_an_unknown_kernel_is_refused_with_the_known_ones():
 
 
 def test_the_choice_is_logged_once_with_its_reason(caplog):
-    choice._choose.cache_clear()
+    choice.chosen_kernel.cache_clear()
     with caplog.at_level(logging.INFO, logger=choice.__name__):
         for _ in range(3):
             feed_forward_kernel(None, setting(device="meta"))

@@ -58,17 +58,18 @@ def feed_forward_kernel(name: str | None, setting: Setting) -> FeedForwardKernel
 
     ValueError: a name that is not in the table, or a kernel that does not suit, with one that does.
     """
-    return KERNELS[_chosen(name, *setting)].load()
+    return KERNELS[_constant(name, *setting)].load()
 
 
 @torch.compiler.assume_constant_result
-def _chosen(name: str | None, *setting: Any) -> str:
-    """For a compiler a constant, which does not look into it: that is why it takes plain values."""
-    return _choose(name, Setting(*setting))
+def _constant(name: str | None, *setting: Any) -> str:
+    """`chosen_kernel` for a compiler, which does not look into it: that is why it takes plain values."""
+    return chosen_kernel(name, Setting(*setting))
 
 
 @cache
-def _choose(name: str | None, setting: Setting) -> str:
+def chosen_kernel(name: str | None, setting: Setting) -> str:
+    """The name of that kernel."""
     reasons = {kernel.name: kernel.unsuited(setting) for kernel in KERNELS.values()}
     first = next(kernel for kernel, reason in reasons.items() if reason is None)
     if name is None:
