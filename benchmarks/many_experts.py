@@ -4,8 +4,8 @@
 
 Width 256, hidden 512, k = 4, 131,072 tokens, float32, forward and backward with all gradients. experts: from
 a fixed Routing whose experts are drawn evenly. whole layer: with its gate and both losses, flat and noisy
-top-4 for 32 experts, 64 groups of 64 with two of each for 4,096. The output is first compared with the formula
-of eq. 1; then all four are timed in turn. growth: the time with 4,096 experts over that with 32.
+top-4 for 32 experts, 64 groups of 64 with two of each for 4,096. The output is first compared with the
+formula of eq. 1; then all four are timed in turn. growth: the time with 4,096 experts over that with 32.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 They can be planned; training them is not there yet. The paper leaves open the number of groups of the
 hierarchies, the width of attention and whether the encoder reads in both directions
-(`docs/decisions/0009-translation-models.md`). It has two embedding tables and a softmax.
+(`docs/decisions/0012-translation-models.md`). It has two embedding tables and a softmax.
 """
 
 from dataclasses import dataclass, field
