@@ -3,9 +3,9 @@
     python -m sparsegate.benchmarking.memory '{"contestant": "dense", "shape": {...}, ...}'
 
 kept: what the forward pass leaves behind for the backward pass, the output included. peak: the most that was
-held at any moment beyond weights, batch and all gradients; where a gradient does not exist yet when the peak is
-reached, its place is used by something else. Linux tells both in `/proc/self/status`; elsewhere nothing is
-measured.
+held at any moment beyond weights, batch and all gradients; where a gradient does not exist yet when the peak
+is reached, its place is used by something else. Linux tells both in `/proc/self/status`; elsewhere nothing
+is measured.
 """
 
 import json
