@@ -47,7 +47,7 @@ class Line(NamedTuple):
 def draw(sweeps: Sequence[Results], pictures: Sequence[Path]) -> None:
     """Write one picture, a panel for each sweep, in the formats that the file names say (.svg, .png)."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6.6 * len(sweeps), 5), layout="constrained")
+        figure = Figure(figsize=(2 + 5.8 * len(sweeps), 5), layout="constrained")
         panels = figure.subplots(1, len(sweeps), squeeze=False)[0]
         for axes, results in zip(panels, sweeps, strict=True):
             _draw_panel(axes, results)
@@ -60,7 +60,7 @@ def draw(sweeps: Sequence[Results], pictures: Sequence[Path]) -> None:
 
 def _title(results: Results) -> str:
     return (
-        "A sparse layer's rate, as a share of the dense layer's of the same multiply-adds"
+        "The rate of a sparse layer, as a share of a dense one's of the same multiply-adds"
         if results["training"]
         else "Few tokens: how fast the weights in use are read"
     )
@@ -68,12 +68,12 @@ def _title(results: Results) -> str:
 
 def _legend(results: Results) -> str:
     what = "forward and backward, all gradients" if results["training"] else "forward"
-    shaded = "; shaded: the least time, arithmetic and traffic of the weights at once or in turn"
-    return (
-        "solid: experts, routing given; dashed: whole layer, with its gate"
-        f"{shaded if results['training'] else ''}\n"
-        f"{what}, {results['shapes'][0]['dtype']}, {results['threads']} threads, {results['processor']}"
-    )
+    lines = [
+        "solid: experts, routing given; dashed: whole layer, with its gate",
+        "shaded: the least time, arithmetic and traffic of the weights at once or in turn",
+        f"{what}, {results['shapes'][0]['dtype']}, {results['threads']} threads, {results['processor']}",
+    ]
+    return "\n".join(lines if results["training"] else [lines[0], lines[2]])
 
 
 def _draw_panel(axes: Axes, results: Results) -> None:
