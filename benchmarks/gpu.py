@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measuring import RESULTS, circumstances, markdown
+from benchmarks import RESULTS
+from sparsegate.benchmarking.measuring import circumstances, markdown
 from sparsegate.moe.dispatch import Plan, combine, dispatch, plan_rows
 from sparsegate.moe.kernels import reference
 from sparsegate.moe.routing import Routing
