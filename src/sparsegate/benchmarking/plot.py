@@ -151,7 +151,7 @@ def _scale(axes: Axes, results: Results, xs: Sequence[float]) -> None:
     axes.set_xticks(xs, [f"{x:,.4g}" if x < 1 else f"{x:,.0f}" for x in xs])
     axes.minorticks_off()
     axes.set_xlabel(_X_LABELS[results["sweep"]], color=INK)
-    axes.set_ylim(0, 1.1 if results["training"] else None)
+    axes.set_ylim(0, 1.05 * max(1.05, axes.dataLim.y1) if results["training"] else None)
     axes.set_ylabel("share of the dense rate" if results["training"] else "GB/s", color=INK)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
