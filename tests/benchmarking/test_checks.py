@@ -8,7 +8,15 @@ from torch import nn
 
 from sparsegate.benchmarking.checks import WrongResult, check, check_layer
 from sparsegate.benchmarking.contestants import own
-from sparsegate.benchmarking.layer import Batch, make_batch, make_layer, own_experts, own_layer, parts
+from sparsegate.benchmarking.layer import (
+    Batch,
+    make_batch,
+    make_layer,
+    own_experts,
+    own_layer,
+    parts,
+    plain_loop,
+)
 from sparsegate.benchmarking.shape import Shape
 from sparsegate.moe.layer import MoE
 
@@ -22,7 +30,7 @@ def test_ours_and_the_plain_loop_pass_and_leave_no_gradient(
     moe = make_layer(shape).train(training)
     batch = make_batch(shape, moe)
     check_layer(moe, batch, training=training)
-    for contestant in own(shape, moe):
+    for contestant in [*own(shape, moe), plain_loop(shape, moe)]:
         check(contestant, batch, training=training)
         assert all(leaf.grad is None for leaf in (*contestant.parameters, *batch[:2], batch.routing.weight_N))
 

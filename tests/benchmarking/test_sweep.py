@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sparsegate.benchmarking import contestants, peers, sweep
+from sparsegate.benchmarking import shape as module
 from sparsegate.benchmarking.contestants import admit
 from sparsegate.benchmarking.layer import Batch, Contestant, own_experts
 from sparsegate.benchmarking.memory import STATUS, memory_bytes
@@ -119,7 +120,7 @@ def test_a_peer_that_raises_is_absent_and_tells_why(shape: Shape, moe: MoE, batc
 
 
 def test_a_peer_that_does_not_fit_is_not_built(shape: Shape, moe: MoE, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(peers, "available_bytes", lambda: 1)
+    monkeypatch.setattr(module, "available_bytes", lambda: 1)
     (absent,) = peers_of("transformers", Request(shape, moe, training=True, davidmrau=None))
     assert absent.reason.endswith("GB more memory, 0.0 GB are free")
 

@@ -14,7 +14,7 @@ from ..moe.dispatch import combine, dispatch, plan_rows
 from ..moe.layer import MoE
 from ..moe.losses import importance_loss, load_loss
 from ..moe.routing import Routing
-from .shape import DTYPES, Shape
+from .shape import DTYPES, Shape, too_large
 
 Kind = Literal["dense", "experts", "layer"]
 
@@ -171,7 +171,13 @@ def plain_loop(shape: Shape, moe: MoE) -> Contestant:
         pairs_per_token=shape.k,
         uses_given_experts=True,
         weights=lambda: own_weights(moe),
+        obstacle=_loop_obstacle,
     )
+
+
+def _loop_obstacle(shape: Shape, training: bool) -> str | None:
+    """Backward stacks the gradients of the single experts into one of them all."""
+    return too_large(2 * shape.weight_bytes + shape.working_bytes()) if training else None
 
 
 def own_weights(moe: MoE) -> Weights:

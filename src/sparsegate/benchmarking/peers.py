@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..moe.layer import MoE
 from ..moe.routing import Routing
 from .layer import Contestant, Weights
-from .shape import DTYPES, Shape, available_bytes, gigabytes
+from .shape import DTYPES, Shape, too_large
 
 MOST_EAGER_EXPERTS = 32
 ONE_HOT_COPIES = 8  # of the tensor tokens x experts x capacity, forward and backward
@@ -44,7 +44,8 @@ class Request(NamedTuple):
 def peers_of(package: str, request: Request) -> Iterator[Contestant | Absent]:
     """The peers of one package, whose names begin with it."""
     shape = request.shape
-    reason = too_large(shape.weight_bytes * (2 if request.training else 1) + shape.working_bytes())
+    # Weights; gradients of whoever is at work; and a copy of them, which loops over experts make.
+    reason = too_large(shape.weight_bytes * (3 if request.training else 1) + shape.working_bytes())
     if reason is not None:
         yield Absent(package, reason)
         return
@@ -54,13 +55,6 @@ def peers_of(package: str, request: Request) -> Iterator[Contestant | Absent]:
         yield Absent(package, f"not installed ({error.name} is missing)")
     except Exception as error:  # of foreign code, which can raise anything
         yield Absent(package, f"{type(error).__name__}: {' '.join(str(error).split())}")
-
-
-def too_large(num_bytes: int) -> str | None:
-    available = available_bytes()
-    if available is None or num_bytes <= available:
-        return None
-    return f"needs {gigabytes(num_bytes)} more memory, {gigabytes(available)} are free"
 
 
 def _transformers(request: Request) -> Iterator[Contestant]:

@@ -105,5 +105,13 @@ def require_memory(shape: Shape, *, training: bool) -> None:
         )
 
 
+def too_large(num_bytes: int) -> str | None:
+    """Why so much more memory cannot be had; None if it can."""
+    available = available_bytes()
+    if available is None or num_bytes <= available:
+        return None
+    return f"needs {gigabytes(num_bytes)} more memory, {gigabytes(available)} are free"
+
+
 def gigabytes(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:,.1f} GB"

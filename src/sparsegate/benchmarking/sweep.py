@@ -13,7 +13,7 @@ import torch
 from ..moe.layer import MoE
 from .checks import check, check_layer
 from .contestants import admit, own
-from .layer import Batch, Contestant, make_batch, make_layer, parts, release, train_step
+from .layer import Batch, Contestant, make_batch, make_layer, parts, plain_loop, release, train_step
 from .measuring import median_ratio, seconds
 from .memory import memory_bytes
 from .peers import PACKAGES, Absent, Request, peers_of
@@ -92,7 +92,8 @@ def _measure_experts(
     moe = make_layer(shapes[0]).train(experiment.training)
     ours = own(shapes[0], moe)
     request = Request(shapes[0], moe, experiment.training, experiment.davidmrau)
-    peers = [peer for package in PACKAGES if experiment.peers for peer in peers_of(package, request)]
+    peers: list[Contestant | Absent] = [plain_loop(shapes[0], moe)]
+    peers += [peer for package in PACKAGES if experiment.peers for peer in peers_of(package, request)]
     for shape in shapes:
         where = {"experts": shape.experts, "tokens": shape.tokens}
         batch = make_batch(shape, moe)
