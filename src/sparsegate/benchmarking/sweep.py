@@ -31,7 +31,7 @@ class Experiment:
 
     shapes: those of one number of experts stand together, and share weights. training: forward and backward
     with all gradients, else forward alone in evaluation mode, with caches that hold none of the weights.
-    repeats: rounds. peers: also time other packages. davidmrau: path of that peer's file, or None. memory:
+    repeats: rounds. peers: also time a plain loop and other packages. davidmrau: path of that peer's file, or None. memory:
     also measure memory. buffer_bytes: of the buffer that bandwidth is measured with, larger than all
     caches.
 
@@ -92,8 +92,10 @@ def _measure_experts(
     moe = make_layer(shapes[0]).train(experiment.training)
     ours = own(shapes[0], moe)
     request = Request(shapes[0], moe, experiment.training, experiment.davidmrau)
-    peers: list[Contestant | Absent] = [plain_loop(shapes[0], moe)]
-    peers += [peer for package in PACKAGES if experiment.peers for peer in peers_of(package, request)]
+    peers: list[Contestant | Absent] = []
+    if experiment.peers:
+        peers += [plain_loop(shapes[0], moe)]
+        peers += [peer for package in PACKAGES for peer in peers_of(package, request)]
     for shape in shapes:
         where = {"experts": shape.experts, "tokens": shape.tokens}
         batch = make_batch(shape, moe)

@@ -77,7 +77,10 @@ def _add_measuring(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--repeats", type=int, default=5, metavar="N", help="rounds (default: 5)")
     group.add_argument("--threads", type=int, metavar="N", help="of torch (default: its own choice)")
     group.add_argument(
-        "--peers", action=switch, default=True, help="other packages too, as far as they are installed"
+        "--peers",
+        action=switch,
+        default=True,
+        help="a plain loop too, and other packages as far as they are installed",
     )
     group.add_argument(
         "--davidmrau", type=Path, metavar="FILE", help="moe.py of davidmrau/mixture-of-experts"
