@@ -32,8 +32,8 @@ class Experiment:
     shapes: those of one number of experts stand together, and share weights. training: forward and backward
     with all gradients, else forward alone in evaluation mode, with caches that hold none of the weights.
     repeats: rounds. peers: also time a plain loop and other packages. davidmrau: path of that peer's file, or
-    None. memory: also measure memory. buffer_bytes: of the buffer that bandwidth is measured with, larger than
-    all caches.
+    None. memory: also measure memory. buffer_bytes: of the buffer that bandwidth is measured with, larger
+    than all caches.
 
     Raises:
         ValueError: repeats of 0, or a shape that does not fit into memory.
