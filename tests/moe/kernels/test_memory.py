@@ -2,6 +2,7 @@
 
 import gc
 import sys
+import threading
 
 import pytest
 import torch
@@ -90,3 +91,21 @@ def test_a_small_tensor_is_torchs_own():
 def test_sizes_are_rounded_up_by_an_eighth_at_most():
     for num_bytes in (1 << 24, (1 << 24) + 1, 3 << 23, 123_456_789, 987_654_321):
         assert num_bytes <= memory._rounded(num_bytes) <= 1.13 * num_bytes
+
+
+def test_threads_take_and_give_back_at_the_same_time():
+    errors = []
+
+    def take_many(offset):
+        try:
+            for size in range(300):
+                recycled_empty((1 << 22) + ((offset + size) % 97 << 19), dtype=torch.float32)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=take_many, args=(31 * offset,)) for offset in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors

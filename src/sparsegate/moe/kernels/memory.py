@@ -28,7 +28,11 @@ class _Freed(NamedTuple):
 
 
 class _Blocks:
-    """Blocks of memory by size, and how many requests there were."""
+    """Blocks of memory by size, and how many requests there were.
+
+    Several threads take, and a block comes back in whatever thread and moment its tensor dies in, the middle
+    of another call included. So no lock: a block belongs to whoever popped it, and that happens at once.
+    """
 
     def __init__(self) -> None:
         self.free: dict[int, deque[_Freed]] = {}
@@ -45,13 +49,17 @@ class _Blocks:
             return block
 
     def give_back(self, block: mmap.mmap) -> None:
-        """Called when the last tensor over the block has died, in whatever thread that happens."""
+        """Called when the last tensor over the block has died."""
         self.free.setdefault(len(block), deque()).append(_Freed(block, self.num_requests))
 
     def _forget_the_unwanted(self) -> None:
-        for freed in self.free.values():
-            while freed and freed[0].at_request < self.num_requests - _PATIENCE:
-                freed.popleft()
+        for freed in list(self.free.values()):
+            try:
+                while (oldest := freed.popleft()).at_request < self.num_requests - _PATIENCE:
+                    pass
+                freed.appendleft(oldest)
+            except IndexError:
+                pass
 
 
 _BLOCKS = _Blocks()
