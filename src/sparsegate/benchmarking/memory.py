@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from ..moe.kernels.memory import set_recycling
 from .contestants import find
 from .layer import backward, make_batch, make_layer, release, train_step
 from .peers import Request
@@ -44,6 +45,7 @@ def memory_bytes(contestant: str, shape: Shape, *, davidmrau: Path | None) -> di
 def main() -> None:
     request = json.loads(sys.argv[1])
     torch.set_num_threads(request["threads"])
+    set_recycling(False)  # or what was freed would count as held, and what is used again as nothing
     shape = Shape(**request["shape"])
     print(json.dumps(measure(request["contestant"], shape, request["davidmrau"])))
 

@@ -1,8 +1,11 @@
 """Recycled memory: taken again when nobody looks at it any more, and not before."""
 
 import gc
+import mmap
+import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,17 +78,83 @@ def test_a_gradient_that_is_set_to_none_gives_its_memory_to_the_next():
     assert kept.eq(2).all()
 
 
-def test_memory_that_nobody_wants_is_given_back():
+def test_memory_that_nobody_wants_is_given_back_even_if_small_tensors_are_all_that_is_asked_for():
     del_me = recycled_empty(*LARGE, dtype=torch.float32)
     del del_me
     for _ in range(memory._PATIENCE + 2):
-        recycled_empty(9, 1 << 20, dtype=torch.float32)
-    assert [size for size, freed in memory._BLOCKS.free.items() if freed] == [memory._rounded(9 << 22)]
+        recycled_empty(3, dtype=torch.float32)
+    assert not any(memory._BLOCKS.free.values())
+    assert memory._BLOCKS.num_blocks == 0
+
+
+def test_a_step_of_many_tensors_finds_them_all_again(monkeypatch):
+    monkeypatch.setattr(memory, "_SMALLEST", 1 << 12)
+    addresses = []
+    for _ in range(3):
+        step = [recycled_empty(1 << 12, dtype=torch.float32) for _ in range(1000)]
+        addresses.append({tensor.data_ptr() for tensor in step})
+        del step
+    assert addresses[0] == addresses[1] == addresses[2]
+
+
+def test_a_system_without_large_pages_is_no_error(monkeypatch):
+    monkeypatch.setattr(memory.mmap, "MADV_HUGEPAGE", 12345)
+    with pytest.raises(OSError, match="Invalid argument"):
+        mmap.mmap(-1, 1 << 20).madvise(12345)
+    assert recycled_empty(*LARGE, dtype=torch.float32).fill_(1).all()
+
+
+def test_where_memory_is_short_what_is_free_is_given_back_first(monkeypatch):
+    del_me = recycled_empty(*LARGE, dtype=torch.float32)
+    del del_me
+
+    class Short(mmap.mmap):
+        def __new__(cls, *args, **options):
+            if any(memory._BLOCKS.free.values()):
+                raise OSError("Cannot allocate memory")
+            return mmap.mmap(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "mmap", SimpleNamespace(**{**vars(mmap), "mmap": Short}))
+        assert recycled_empty(9, 1 << 20, dtype=torch.float32).fill_(1).all()
+    assert memory._BLOCKS.num_blocks == 1
+
+
+def test_recycling_can_be_turned_off_which_gives_what_is_free_back():
+    del_me = recycled_empty(*LARGE, dtype=torch.float32)
+    del del_me
+    try:
+        memory.set_recycling(False)
+        assert memory._BLOCKS.num_blocks == 0
+        recycled_empty(*LARGE, dtype=torch.float32)
+        assert memory._BLOCKS.num_blocks == 0
+    finally:
+        memory.set_recycling(True)
+
+
+AT_EXIT = """
+import atexit
+
+@atexit.register  # before the first tensor, so called after what that registers
+def still_alive():
+    recycled_empty(5, 1 << 20, dtype=torch.float32).fill_(7)
+    print(kept.unique().tolist())
+
+import torch
+from sparsegate.moe.kernels.memory import recycled_empty
+
+kept = recycled_empty(5, 1 << 20, dtype=torch.float32).fill_(1)
+"""
+
+
+def test_memory_of_a_living_tensor_is_not_taken_as_the_process_leaves():
+    done = subprocess.run([sys.executable, "-c", AT_EXIT], capture_output=True, text=True, check=True)
+    assert done.stdout == "[1.0]\n"
 
 
 def test_a_small_tensor_is_torchs_own():
     recycled_empty(3, 4, dtype=torch.float32)
-    assert memory._BLOCKS.num_requests == 0
+    assert memory._BLOCKS.num_blocks == 0
 
 
 def test_sizes_are_rounded_up_by_an_eighth_at_most():

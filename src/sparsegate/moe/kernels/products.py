@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-# With fewer rows than this oneDNN is the slower one.
+# With fewer rows than this oneDNN gains nothing.
 _FEWEST_ROWS = 4
 
 
@@ -11,8 +11,8 @@ def multiply(left_ND: Tensor, right_DH: Tensor, *, out: Tensor) -> None:
     """Write left @ right into `out` [N, H].
 
     torch.mm multiplies float32 with the BLAS it was built with, other dtypes with oneDNN. oneDNN is the
-    faster of the two in float32 as well, the more so the fewer the rows (docs/performance.md), but has no
-    way to write into place: the copy is cheaper than what it saves.
+    faster of the two in float32 as well (docs/performance.md), but has no way to write into place: the copy
+    is cheaper than what it saves.
     """
     if _suits_onednn(left_ND, right_DH):
         out.copy_(torch.ops.mkldnn._linear_pointwise(left_ND, right_DH.t(), None, "none", [], ""))

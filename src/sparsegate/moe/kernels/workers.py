@@ -48,8 +48,12 @@ def _drain(function: Callable[[int], object], queue: deque[int], inference: bool
 def _executor(num_threads: int) -> ThreadPoolExecutor:
     executor = ThreadPoolExecutor(num_threads, thread_name_prefix="sparsegate", initializer=_use_one_thread)
     started = Barrier(num_threads)
-    for future in [executor.submit(started.wait) for _ in range(num_threads)]:
-        future.result()
+    try:
+        for future in [executor.submit(started.wait) for _ in range(num_threads)]:
+            future.result()
+    except BaseException:
+        started.abort()  # or those that have started would wait for those that cannot
+        raise
     # A thread's number of threads is its own, but the last one set is what new threads begin with.
     torch.set_num_threads(num_threads)
     os.register_at_fork(after_in_child=_executor.cache_clear)  # a forked child has none of the threads
