@@ -21,7 +21,7 @@ from sparsegate.moe.gating.sigmoid_topk import SigmoidTopK
 from sparsegate.moe.gating.softmax import Softmax
 from sparsegate.moe.gating.softmax_topk import SoftmaxTopK
 from sparsegate.moe.layer import MoE
-from sparsegate.moe.routing import Routing
+from sparsegate.moe.routing import Routing, only_group, sums_of_logits
 
 WIDTH = 5
 NUM_EXPERTS = 6
@@ -159,7 +159,11 @@ def a_routing(
 ) -> Routing:
     logit_TE = torch.zeros(len(expert_TK), num_experts, dtype=weight_TK.dtype)
     return Routing.of_token_choice(
-        logit_TE=logit_TE, expert_TK=expert_TK, weight_TK=weight_TK, mask_T=mask_T, load_E=None
+        logit_sums=sums_of_logits(logit_TE, only_group(mask_T)),
+        expert_TK=expert_TK,
+        weight_TK=weight_TK,
+        mask_T=mask_T,
+        load_E=None,
     )
 
 

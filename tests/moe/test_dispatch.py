@@ -7,7 +7,7 @@ from torch.autograd.gradcheck import GradcheckError
 
 from sparsegate.moe import dispatch as dispatching
 from sparsegate.moe.dispatch import combine, dispatch, plan_rows
-from sparsegate.moe.routing import Routing
+from sparsegate.moe.routing import Routing, sums_of_logits
 from tests.helpers.derivatives import assert_derivatives, off_by_a_factor
 from tests.helpers.moe_cases import NUM_EXPERTS, WIDTH, a_routing, dense
 from tests.helpers.tolerances import assert_close
@@ -74,7 +74,7 @@ def a_varying_routing():
     chosen_TE[0, [0, 3, 4]] = chosen_TE[2, 3] = chosen_TE[3, 1] = True
     weight_TE = torch.rand(4, NUM_EXPERTS, dtype=torch.float64).requires_grad_()
     return Routing.of_batch_choice(
-        logit_TE=torch.zeros(4, NUM_EXPERTS, dtype=torch.float64),
+        logit_sums=sums_of_logits(torch.zeros(4, NUM_EXPERTS, dtype=torch.float64), None),
         chosen_TE=chosen_TE,
         weight_TE=weight_TE,
         num_pairs=6,

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from sparsegate.moe.gating.noisy_topk import NoisyTopK, probability_in_topk
+from sparsegate.moe.gating.noisy_topk import NoisyTopK
 from sparsegate.moe.gating.softmax import Softmax
+from sparsegate.moe.kernels.noisy_choice import probability_in_topk
 from sparsegate.moe.layer import MoE
 from sparsegate.moe.losses import importance_loss, load_loss
 from tests.helpers import moe_oracle as oracle

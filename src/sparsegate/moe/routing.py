@@ -1,7 +1,7 @@
 """Routing: who goes where, with what weight. BalanceSums: what the balance losses need to know about it."""
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,6 +71,18 @@ class BalanceSums:
         return self
 
 
+class LogitSums(NamedTuple):
+    """What losses ask about the logits of all experts, without the noise of eq. 4; with A groups of experts,
+    one row of sums for each. Terms of `BalanceSums`.
+
+    probability_AE: sum over the rows of each group of the softmax. z: float scalar, sum of the squared
+    log-sum-exp.
+    """
+
+    probability_AE: Tensor
+    z: Tensor
+
+
 @dataclass(frozen=True, kw_only=True)
 class Routing:
     """The sparse T x E matrix G(x) of eq. 1, kept as its N entries, token by token.
@@ -95,19 +107,20 @@ class Routing:
     @staticmethod
     def of_token_choice(
         *,
-        logit_TE: Tensor,
         expert_TK: Tensor,
         weight_TK: Tensor,
         mask_T: Tensor | None,
+        logit_sums: LogitSums,
         load_E: Tensor | None,
     ) -> "Routing":
         """The routing in which every real token goes to the experts of its row.
 
-        logit_TE: scores of all experts, without the noise of eq. 4. expert_TK: int64, no expert twice in a
-        row; `num_experts` for none. weight_TK: their weights, 0 for none. mask_T: bool, true for real tokens.
-        load_E: the smooth load where the gate has one, else the hard counts stand in for it.
+        expert_TK: int64, no expert twice in a row; `num_experts` for none. weight_TK: their weights, 0 for
+        none. mask_T: bool, true for real tokens. logit_sums: over these. load_E: the smooth load where the
+        gate has one, else the hard counts stand in for it.
         """
-        num_experts, (num_tokens, pairs_per_token) = logit_TE.shape[1], expert_TK.shape
+        num_tokens, pairs_per_token = expert_TK.shape
+        num_experts = logit_sums.probability_AE.shape[1]
         if mask_T is not None:
             expert_TK = expert_TK.masked_fill(~mask_T[:, None], num_experts)
             weight_TK = weight_TK.masked_fill(~mask_T[:, None], 0.0)
@@ -118,13 +131,14 @@ class Routing:
             weight_N=weight_N,
             pairs_T=expert_TK.new_full((num_tokens,), pairs_per_token),
             sums=flat_sums(
-                logit_TE=logit_TE,
+                logit_sums=logit_sums,
                 token_N=token_N,
                 expert_N=expert_N,
                 weight_N=weight_N,
+                num_tokens=num_tokens,
                 mask_T=mask_T,
                 load_E=load_E,
-                threshold=logit_TE.new_zeros(()),
+                threshold=weight_N.new_zeros(()),
             ),
             num_experts=num_experts,
             pairs_per_token=pairs_per_token,
@@ -133,11 +147,11 @@ class Routing:
     @staticmethod
     def of_batch_choice(
         *,
-        logit_TE: Tensor,
         chosen_TE: Tensor,
         weight_TE: Tensor,
         num_pairs: int,
         mask_T: Tensor | None,
+        logit_sums: LogitSums,
         threshold: Tensor,
     ) -> "Routing":
         """The routing in which a token goes to as many experts as have chosen it.
@@ -154,10 +168,11 @@ class Routing:
             weight_N=weight_N,
             pairs_T=count(token_N, num_tokens),
             sums=flat_sums(
-                logit_TE=logit_TE,
+                logit_sums=logit_sums,
                 token_N=token_N,
                 expert_N=expert_N,
                 weight_N=weight_N,
+                num_tokens=num_tokens,
                 mask_T=mask_T,
                 load_E=None,
                 threshold=threshold,
@@ -169,23 +184,18 @@ class Routing:
 
 def flat_sums(
     *,
-    logit_TE: Tensor,
+    logit_sums: LogitSums,
     token_N: Tensor,
     expert_N: Tensor,
     weight_N: Tensor,
+    num_tokens: int,
     mask_T: Tensor | None,
     load_E: Tensor | None,
     threshold: Tensor,
 ) -> BalanceSums:
     """The sums of a gate without groups; the arguments are those of the routings above."""
-    num_tokens, num_experts = logit_TE.shape
-    z_T1 = logit_TE.logsumexp(dim=-1, keepdim=True)
-    probability_TE = (logit_TE - z_T1).exp()
-    num_real = token_N.new_full((), num_tokens)
-    if mask_T is not None:
-        num_real = mask_T.sum()
-        probability_TE = probability_TE.masked_fill(~mask_T[:, None], 0.0)
-        z_T1 = z_T1.masked_fill(~mask_T[:, None], 0.0)
+    num_experts = logit_sums.probability_AE.shape[1]
+    num_real = token_N.new_full((), num_tokens) if mask_T is None else mask_T.sum()
     count_E = count(expert_N, num_experts)
     real_A = num_real.to(weight_N.dtype)[None]
     return BalanceSums(
@@ -194,14 +204,42 @@ def flat_sums(
         within_load_E=count_E.to(weight_N.dtype) if load_E is None else load_E,
         group_load_A=real_A,
         group_count_A=num_real[None],
-        within_probability_E=probability_TE.sum(dim=0),
+        within_probability_E=logit_sums.probability_AE.squeeze(0),
         group_probability_A=real_A,
-        z=z_T1.square().sum(),
+        z=logit_sums.z,
         threshold=threshold,
         num_tokens=num_real,
         num_unrouted=num_real - count_routed(token_N, expert_N < num_experts, num_tokens),
         num_dropped=num_real.new_zeros(()),
     )
+
+
+def sums_of_logits(logit_NE: Tensor, group_N: Tensor | None, *, num_groups: int = 1) -> LogitSums:
+    """The sums of rows of logits. group_N: as of `sum_by_group`."""
+    z_N1 = logit_NE.logsumexp(dim=-1, keepdim=True)
+    probability_AE = sum_by_group((logit_NE - z_N1).exp(), group_N, num_groups=num_groups)
+    if group_N is not None:
+        z_N1 = z_N1.masked_fill(group_N[:, None] == num_groups, 0.0)
+    return LogitSums(probability_AE, z_N1.square().sum())
+
+
+def sum_by_group(value_NE: Tensor, group_N: Tensor | None, *, num_groups: int) -> Tensor:
+    """Sum the rows of each group: [A, E].
+
+    group_N: int64, the group of each row; `num_groups` for rows that are in no sum. None: all rows are in
+    the only group.
+    """
+    if group_N is None:
+        return value_NE.sum(dim=0, keepdim=True)
+    if num_groups == 1:
+        return value_NE.masked_fill(group_N[:, None] == 1, 0.0).sum(dim=0, keepdim=True)
+    bins = value_NE.new_zeros(num_groups + 1, value_NE.shape[1])
+    return bins.index_add(0, group_N, value_NE)[:-1]
+
+
+def only_group(mask_T: Tensor | None) -> Tensor | None:
+    """The group of each token where there is one group: of all, or of the real ones."""
+    return None if mask_T is None else (~mask_T).to(torch.int64)
 
 
 def tokens_of_rows(expert_TK: Tensor) -> Tensor:

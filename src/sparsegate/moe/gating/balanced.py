@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..precision import autocast_off
-from ..routing import Routing
+from ..routing import Routing, only_group, sums_of_logits
 from .batchwise import batchwise, blocks, most_pairs, num_blocks, require_scope
 from .gate import Gate, gate_dtype, require_experts, without_padding
 
@@ -87,7 +87,11 @@ class Balanced(Gate):
                     logit_TE, log_threshold_E, most_per_token=self.most_per_token
                 )
                 return Routing.of_token_choice(
-                    logit_TE=logit_TE, expert_TK=expert_TK, weight_TK=weight_TK, mask_T=mask_T, load_E=None
+                    logit_sums=sums_of_logits(logit_TE, only_group(mask_T)),
+                    expert_TK=expert_TK,
+                    weight_TK=weight_TK,
+                    mask_T=mask_T,
+                    load_E=None,
                 )
             num_tokens, k = x_TD.shape[0], self.pairs_per_token
             probability_TE = logit_TE.softmax(dim=-1)
@@ -97,7 +101,7 @@ class Balanced(Gate):
             )
             loss_T = threshold_terms(probability_TE, chosen_TE, log_threshold_E).sum(dim=1)
             return Routing.of_batch_choice(
-                logit_TE=logit_TE,
+                logit_sums=sums_of_logits(logit_TE, only_group(mask_T)),
                 chosen_TE=chosen_TE,
                 weight_TE=masked_softmax(logit_TE, chosen_TE),
                 num_pairs=most_pairs(num_tokens, self.scope, k=k, num_experts=self.num_experts),

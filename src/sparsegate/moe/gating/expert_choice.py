@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..precision import autocast_off
-from ..routing import Routing
+from ..routing import Routing, only_group, sums_of_logits
 from .batchwise import batchwise, blocks, most_pairs, num_blocks, require_scope
 from .gate import Gate, gate_dtype, require_experts, without_padding
 
@@ -77,7 +77,7 @@ class ExpertChoice(Gate):
                 k=k,
             )
             return Routing.of_batch_choice(
-                logit_TE=logit_TE,
+                logit_sums=sums_of_logits(logit_TE, only_group(mask_T)),
                 chosen_TE=chosen_TE,
                 weight_TE=probability_TE,
                 num_pairs=most_pairs(num_tokens, self.scope, k=k, num_experts=self.num_experts),

@@ -5,12 +5,11 @@ from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..dispatch import Plan, in_pair_order
 from ..kernels.grouped import grouped_product
-from ..routing import Routing, entries, pick, tokens_of_rows
+from ..routing import LogitSums, Routing, entries, pick, sums_of_logits, tokens_of_rows
 from .balanced import (
     above_threshold,
     masked_softmax,
@@ -25,18 +24,18 @@ from .noisy_topk import choose, require_epsilon
 class ChoiceInGroups(NamedTuple):
     """What the secondary gates decide of N rows, the pairs of a token and a group, as P entries, row by row.
 
-    logit_NB: scores of the group's experts, without noise. row_P: int64, ascending. expert_P: int64, the
-    expert's place in its group; the size of the group for none. weight_P: G_i(x)_j. pairs_per_row: P / N
-    where it is fixed, else None. in_topk_NB: P(x, i) of eq. 8; None where the counts stand for it. threshold:
-    the summand of eq. 20, float scalar.
+    row_P: int64, ascending. expert_P: int64, the expert's place in its group; the size of the group for none.
+    weight_P: G_i(x)_j. pairs_per_row: P / N where it is fixed, else None. logit_sums: of each group.
+    load_AB: sum of P(x, i) of eq. 8; None where the counts stand for it. threshold: the summand of eq. 20,
+    float scalar.
     """
 
-    logit_NB: Tensor
     row_P: Tensor
     expert_P: Tensor
     weight_P: Tensor
     pairs_per_row: int | None
-    in_topk_NB: Tensor | None
+    logit_sums: LogitSums
+    load_AB: Tensor | None
     threshold: Tensor
 
 
@@ -114,19 +113,32 @@ class NoisyTopKGroups(GroupGates):
     def forward(
         self, rows_ND: Tensor, groups: Routing, plan: Plan, noise_NB: Tensor | None
     ) -> ChoiceInGroups:
-        clean_NB = grouped_logits(rows_ND, self.w_gate, plan)
-        std_NB = None
+        # In the order of the rows, where those of a group stand together; only what is chosen is put back.
+        clean_NB = grouped_product(rows_ND, self.w_gate.to(rows_ND.dtype), plan.end_E)
+        raw_std_NB = None
         if self.training:
-            std_NB = F.softplus(grouped_logits(rows_ND, self.w_noise, plan)) + self.noise_epsilon
-            noise_NB = torch.randn_like(clean_NB) if noise_NB is None else noise_NB.to(clean_NB.dtype)
-        choice = choose(clean_NB, std_NB, noise_NB, k=self.pairs_per_row)
+            raw_std_NB = grouped_product(rows_ND, self.w_noise.to(rows_ND.dtype), plan.end_E)
+            if noise_NB is None:
+                noise_NB = torch.randn_like(clean_NB)
+            else:
+                noise_NB = noise_NB.to(clean_NB.dtype).index_select(0, plan.order_N)
+        choice = choose(
+            clean_NB,
+            raw_std_NB,
+            noise_NB,
+            groups.expert_N[plan.order_N],
+            num_groups=self.num_groups,
+            k=self.pairs_per_row,
+            noise_epsilon=self.noise_epsilon,
+        )
+        expert_NK = choice.expert_NK.index_select(0, plan.row_N)
         return ChoiceInGroups(
-            logit_NB=clean_NB,
-            row_P=tokens_of_rows(choice.expert_TK),
-            expert_P=choice.expert_TK.flatten(),
-            weight_P=choice.weight_TK.flatten(),
+            row_P=tokens_of_rows(expert_NK),
+            expert_P=expert_NK.flatten(),
+            weight_P=in_pair_order(choice.weight_NK, plan).flatten(),
             pairs_per_row=self.pairs_per_row,
-            in_topk_NB=choice.in_topk_TE,
+            logit_sums=choice.logit_sums,
+            load_AB=choice.load_AB,
             threshold=clean_NB.new_zeros(()),
         )
 
@@ -184,7 +196,8 @@ class BalancedGroups(GroupGates):
     def forward(
         self, rows_ND: Tensor, groups: Routing, plan: Plan, noise_NB: Tensor | None
     ) -> ChoiceInGroups:
-        logit_NB = grouped_logits(rows_ND, self.w_gate, plan)
+        logit_NB = in_pair_order(grouped_product(rows_ND, self.w_gate.to(rows_ND.dtype), plan.end_E), plan)
+        logit_sums = sums_of_logits(logit_NB, groups.expert_N, num_groups=self.num_groups)
         # Of unused pairs any group's thresholds do: they reach no expert.
         group_N = groups.expert_N.clamp_max(self.num_groups - 1)
         log_threshold_NB = self.log_threshold.to(logit_NB.dtype)[group_N]
@@ -194,12 +207,12 @@ class BalancedGroups(GroupGates):
                 logit_NB, log_threshold_NB, most_per_token=self.most_per_token
             )
             return ChoiceInGroups(
-                logit_NB=logit_NB,
                 row_P=tokens_of_rows(expert_NK),
                 expert_P=expert_NK.flatten(),
                 weight_P=weight_NK.flatten(),
                 pairs_per_row=self.most_per_token,
-                in_topk_NB=None,
+                logit_sums=logit_sums,
+                load_AB=None,
                 threshold=logit_NB.new_zeros(()),
             )
         segment_N, num_segments = self._segments(groups)
@@ -213,12 +226,12 @@ class BalancedGroups(GroupGates):
         row_P, expert_P = entries(chosen_NB, num_pairs=num_pairs)
         loss_N = threshold_terms(probability_NB, chosen_NB, log_threshold_NB).sum(dim=1)
         return ChoiceInGroups(
-            logit_NB=logit_NB,
             row_P=row_P,
             expert_P=expert_P,
             weight_P=pick(masked_softmax(logit_NB, chosen_NB), row_P, expert_P),
             pairs_per_row=None,
-            in_topk_NB=None,
+            logit_sums=logit_sums,
+            load_AB=None,
             threshold=loss_N.where(groups.expert_N < self.num_groups, 0.0).sum(),
         )
 
@@ -229,11 +242,6 @@ class BalancedGroups(GroupGates):
         block_T = blocks(num_tokens, self.scope, None, groups.token_N.device)
         segment_N = block_T[groups.token_N] * self.num_groups + groups.expert_N
         return segment_N.where(groups.expert_N < self.num_groups, num_segments), num_segments
-
-
-def grouped_logits(rows_ND: Tensor, weight_ADB: Tensor, plan: Plan) -> Tensor:
-    """Each row times the weights of its group, in the order of the pairs."""
-    return in_pair_order(grouped_product(rows_ND, weight_ADB.to(rows_ND.dtype), plan.end_E), plan)
 
 
 def require_groups(*, num_groups: int, group_size: int, k: int) -> None:

@@ -153,10 +153,8 @@ class Hierarchical(Gate):
         """Eq. 13, and the factors of eq. 14."""
         count_E = count(expert_P, self.num_experts)
         within_load_E = count_E.to(weight_P.dtype)
-        if choice.in_topk_NB is not None:
-            within_load_E = self._sum_by_group(choice.in_topk_NB, groups)
-        z_N1 = choice.logit_NB.logsumexp(dim=-1, keepdim=True)
-        is_used_N1 = (groups.expert_N < self.secondary.num_groups)[:, None]
+        if choice.load_AB is not None:
+            within_load_E = choice.load_AB.flatten()
         num_routed = count_routed(token_P, expert_P < self.num_experts, groups.pairs_T.shape[0])
         return BalanceSums(
             importance_E=sum_by(weight_P, expert_P, self.num_experts),
@@ -164,19 +162,14 @@ class Hierarchical(Gate):
             within_load_E=within_load_E,
             group_load_A=groups.sums.load_E,
             group_count_A=count(groups.expert_N, self.secondary.num_groups),
-            within_probability_E=self._sum_by_group((choice.logit_NB - z_N1).exp(), groups),
+            within_probability_E=choice.logit_sums.probability_AE.flatten(),
             group_probability_A=groups.sums.probability_E,
-            z=groups.sums.z + z_N1.where(is_used_N1, 0.0).square().sum(),
+            z=groups.sums.z + choice.logit_sums.z,
             threshold=groups.sums.threshold + choice.threshold,
             num_tokens=groups.sums.num_tokens,
             num_unrouted=groups.sums.num_tokens - num_routed,
             num_dropped=groups.sums.num_dropped * self.secondary.pairs_per_row,
         )
-
-    def _sum_by_group(self, value_NB: Tensor, groups: Routing) -> Tensor:
-        """Sum the rows of each group: [E], group by group. Unused pairs fall into a bin that is cut off."""
-        bins = value_NB.new_zeros(self.secondary.num_groups + 1, value_NB.shape[1])
-        return bins.index_add(0, groups.expert_N, value_NB)[:-1].flatten()
 
 
 def _of_rows(value_N: Tensor, choice: ChoiceInGroups) -> Tensor:

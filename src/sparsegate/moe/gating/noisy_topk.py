@@ -1,17 +1,14 @@
 """Noisy top-k gating (section 2.1 and appendix A of the paper)."""
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import noisy_choice, threaded_choice
+from ..kernels.noisy_choice import Choice
 from ..precision import autocast_off
-from ..routing import Routing
+from ..routing import Routing, only_group, sums_of_logits
 from .gate import Gate, gate_dtype, require_experts, without_padding
-
-# Where softplus underflows, the quotient of eq. 9 and its gradient must stay finite: P is then 0 or 1.
-_SMALLEST_STD = 1e-12
 
 
 class NoisyTopK(Gate):
@@ -60,61 +57,59 @@ class NoisyTopK(Gate):
         with autocast_off(x_TD.device):
             x_TD = without_padding(x_TD, mask_T).to(gate_dtype(x_TD, self.w_gate))
             clean_TE = x_TD @ self.w_gate.to(x_TD.dtype)
-            std_TE = noise_TE = None
+            raw_std_TE = noise_TE = None
             if self.training:
-                std_TE = F.softplus(x_TD @ self.w_noise.to(x_TD.dtype)) + self.noise_epsilon
+                raw_std_TE = x_TD @ self.w_noise.to(x_TD.dtype)
                 noise_TE = torch.randn_like(clean_TE) if noise is None else noise.to(x_TD.dtype)
-            choice = choose(clean_TE, std_TE, noise_TE, k=self.pairs_per_token)
-            load_E = None
-            if choice.in_topk_TE is not None:
-                p_TE = choice.in_topk_TE
-                load_E = (p_TE if mask_T is None else p_TE.masked_fill(~mask_T[:, None], 0.0)).sum(dim=0)
+            choice = choose(
+                clean_TE,
+                raw_std_TE,
+                noise_TE,
+                only_group(mask_T),
+                num_groups=1,
+                k=self.pairs_per_token,
+                noise_epsilon=self.noise_epsilon,
+            )
             return Routing.of_token_choice(
-                logit_TE=clean_TE,
-                expert_TK=choice.expert_TK,
-                weight_TK=choice.weight_TK,
+                expert_TK=choice.expert_NK,
+                weight_TK=choice.weight_NK,
                 mask_T=mask_T,
-                load_E=load_E,
+                logit_sums=choice.logit_sums,
+                load_E=None if choice.load_AB is None else choice.load_AB.squeeze(0),
             )
 
 
-class Choice(NamedTuple):
-    """Of each token (or each pair of token and group): its k experts, their weights, and P(x, i) of eq. 8.
+def choose(
+    clean_NB: Tensor,
+    raw_std_NB: Tensor | None,
+    noise_NB: Tensor | None,
+    group_N: Tensor | None,
+    *,
+    num_groups: int,
+    k: int,
+    noise_epsilon: float,
+) -> Choice:
+    """Eq. 3 to 5, and 8 to 10, from x W_gate, x W_noise and the noise's draws; None: no noise.
 
-    in_topk_TE: None without noise, and where every expert is chosen.
+    group_N: as of `sum_by_group`, ascending where there are several groups.
     """
-
-    expert_TK: Tensor
-    weight_TK: Tensor
-    in_topk_TE: Tensor | None
-
-
-def choose(clean_TE: Tensor, std_TE: Tensor | None, noise_TE: Tensor | None, *, k: int) -> Choice:
-    """Eq. 3 to 5, 8 and 9 from logits, the noise's standard deviation and its draws; None: no noise."""
-    num_experts = clean_TE.shape[1]
-    noisy_TE = clean_TE if std_TE is None or noise_TE is None else clean_TE + noise_TE * std_TE
-    # One value more than is kept: the load estimate needs the best value that is left out.
-    top_TK1, expert_TK1 = noisy_TE.topk(min(k + 1, num_experts), dim=-1)
-    expert_TK = expert_TK1[:, :k]
-    in_topk_TE = None
-    if std_TE is not None and k < num_experts:
-        in_topk_TE = probability_in_topk(clean_TE, std_TE, top_TK1, expert_TK)
-    return Choice(expert_TK, top_TK1[:, :k].softmax(dim=-1), in_topk_TE)
-
-
-def probability_in_topk(clean_TE: Tensor, std_TE: Tensor, top_TK1: Tensor, chosen_TK: Tensor) -> Tensor:
-    """P(x, i) of eq. 8 and 9: the probability that expert i is among the k best if only its noise is redrawn.
-
-    clean_TE: logits without noise. std_TE: standard deviation of the noise. top_TK1: the k + 1 largest noisy
-    logits in descending order. chosen_TK: the experts of the first k. Returns [T, E].
-
-    The threshold is the k-th largest noisy logit among the *other* experts: the (k+1)-th of all for a chosen
-    expert, the k-th for the rest. Membership goes by index, since comparing values would miscount ties.
-    """
-    best_left_out_T1, worst_kept_T1 = top_TK1[:, -1:], top_TK1[:, -2:-1]
-    chosen_TE = torch.zeros_like(clean_TE, dtype=torch.bool).scatter(1, chosen_TK, True)
-    threshold_TE = torch.where(chosen_TE, best_left_out_T1, worst_kept_T1)
-    return torch.special.ndtr((clean_TE - threshold_TE) / std_TE.clamp_min(_SMALLEST_STD))
+    noisy_NB = clean_NB
+    if raw_std_NB is not None and noise_NB is not None:
+        if k < clean_NB.shape[1]:
+            with_noise = threaded_choice.noisy_choice if clean_NB.is_cpu else noisy_choice.equations
+            return with_noise(
+                clean_NB,
+                raw_std_NB,
+                noise_NB,
+                group_N,
+                num_groups=num_groups,
+                k=k,
+                noise_epsilon=noise_epsilon,
+            )
+        noisy_NB = clean_NB + noise_NB * (F.softplus(raw_std_NB) + noise_epsilon)
+    top_NK, expert_NK = noisy_NB.topk(k, dim=-1)
+    logit_sums = sums_of_logits(clean_NB, group_N, num_groups=num_groups)
+    return Choice(expert_NK, top_NK.softmax(dim=-1), logit_sums, None)
 
 
 def require_epsilon(noise_epsilon: float) -> None:

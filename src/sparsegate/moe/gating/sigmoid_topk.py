@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..precision import autocast_off
-from ..routing import BalanceSums, Routing
+from ..routing import BalanceSums, Routing, only_group, sums_of_logits
 from .gate import Gate, gate_dtype, require_experts, without_padding
 
 
@@ -85,7 +85,11 @@ class SigmoidTopK(Gate):
             # The softmax of logarithms is the quotient by the sum, and stays finite where scores vanish.
             weight_TK = log_score_TE.gather(1, expert_TK).softmax(dim=-1) * self.scale
             return Routing.of_token_choice(
-                logit_TE=log_score_TE, expert_TK=expert_TK, weight_TK=weight_TK, mask_T=mask_T, load_E=None
+                logit_sums=sums_of_logits(log_score_TE, only_group(mask_T)),
+                expert_TK=expert_TK,
+                weight_TK=weight_TK,
+                mask_T=mask_T,
+                load_E=None,
             )
 
     @torch.no_grad()

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..precision import autocast_off
-from ..routing import Routing
+from ..routing import Routing, only_group, sums_of_logits
 from .gate import Gate, gate_dtype, require_experts, without_padding
 
 
@@ -48,7 +48,7 @@ class Softmax(Gate):
             logit_TE = x_TD @ self.w_gate.to(x_TD.dtype)
             expert_E = torch.arange(self.num_experts, device=x_TD.device)
             return Routing.of_token_choice(
-                logit_TE=logit_TE,
+                logit_sums=sums_of_logits(logit_TE, only_group(mask_T)),
                 expert_TK=expert_E.expand(x_TD.shape[0], -1),
                 weight_TK=logit_TE.softmax(dim=-1),
                 mask_T=mask_T,

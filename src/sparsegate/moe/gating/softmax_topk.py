@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..precision import autocast_off
-from ..routing import Routing
+from ..routing import Routing, only_group, sums_of_logits
 from .gate import Gate, gate_dtype, require_experts, without_padding
 
 
@@ -78,5 +78,9 @@ class SoftmaxTopK(Gate):
             else:
                 weight_TK = (top_TK - logit_TE.logsumexp(dim=-1, keepdim=True)).exp()
             return Routing.of_token_choice(
-                logit_TE=logit_TE, expert_TK=expert_TK, weight_TK=weight_TK, mask_T=mask_T, load_E=None
+                logit_sums=sums_of_logits(logit_TE, only_group(mask_T)),
+                expert_TK=expert_TK,
+                weight_TK=weight_TK,
+                mask_T=mask_T,
+                load_E=None,
             )

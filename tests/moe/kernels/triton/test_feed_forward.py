@@ -13,7 +13,7 @@ from sparsegate.moe.kernels import reference
 from sparsegate.moe.kernels.triton import feed_forward as operators
 from sparsegate.moe.kernels.triton.feed_forward import feed_forward
 from sparsegate.moe.kernels.triton.schedule import make_schedule
-from sparsegate.moe.routing import Routing
+from sparsegate.moe.routing import Routing, only_group, sums_of_logits
 from tests.helpers.tolerances import assert_close
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -24,7 +24,7 @@ def a_routing(num_tokens: int, num_experts: int, k: int, *, chosen=None, mask_T=
     logit_TE = torch.randn(num_tokens, num_experts, device=DEVICE)
     weight_TK, expert_TK = logit_TE.softmax(-1).topk(k)
     return Routing.of_token_choice(
-        logit_TE=logit_TE,
+        logit_sums=sums_of_logits(logit_TE, only_group(mask_T)),
         expert_TK=expert_TK if chosen is None else chosen,
         weight_TK=weight_TK,
         mask_T=mask_T,
@@ -107,7 +107,7 @@ def test_a_token_may_have_any_number_of_pairs():
     chosen_TE = torch.rand(19, 6, device=DEVICE) < 0.4
     logit_TE = torch.randn(19, 6, device=DEVICE)
     routing = Routing.of_batch_choice(
-        logit_TE=logit_TE,
+        logit_sums=sums_of_logits(logit_TE, None),
         chosen_TE=chosen_TE,
         weight_TE=logit_TE.sigmoid(),
         num_pairs=int(chosen_TE.sum()) + 3,

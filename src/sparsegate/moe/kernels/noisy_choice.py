@@ -1,0 +1,72 @@
+"""The choice of noisy top-k gating, and what the balance losses ask about it (eq. 3 to 5 and 8 to 10).
+
+`equations` is how it reads; on the CPU `threaded_choice` takes its place, whose temporaries are small.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..routing import LogitSums, sum_by_group, sums_of_logits
+
+# Where softplus underflows, the quotient of eq. 9 and its gradient must stay finite: P is then 0 or 1.
+SMALLEST_STD = 1e-12
+
+
+class Choice(NamedTuple):
+    """The choice of N rows among the B experts of their groups, and sums over the rows of each of A groups.
+
+    expert_NK: int64, the best expert first. weight_NK: G(x) of these. logit_sums: without noise. load_AB: sum
+    of P(x, i) of eq. 8, a smooth estimate of how many rows chose each expert; None where there is none.
+    """
+
+    expert_NK: Tensor
+    weight_NK: Tensor
+    logit_sums: LogitSums
+    load_AB: Tensor | None
+
+
+def equations(
+    clean_NB: Tensor,
+    raw_std_NB: Tensor,
+    noise_NB: Tensor,
+    group_N: Tensor | None,
+    *,
+    num_groups: int,
+    k: int,
+    noise_epsilon: float,
+) -> Choice:
+    """Choose k < B experts for each row by clean + noise * (softplus(raw_std) + noise_epsilon).
+
+    clean_NB: x W_gate. raw_std_NB: x W_noise. noise_NB: standard normal. group_N: int64, the group of each
+    row, num_groups for rows that are in no sum and whose choice means nothing; None where there is one group
+    and every row is in it.
+    """
+    std_NB = F.softplus(raw_std_NB) + noise_epsilon
+    # One value more than is kept: the load estimate needs the best value that is left out.
+    top_NK1, expert_NK1 = (clean_NB + noise_NB * std_NB).topk(k + 1, dim=-1)
+    expert_NK = expert_NK1[:, :k]
+    p_NB = probability_in_topk(clean_NB, std_NB, top_NK1, expert_NK)
+    return Choice(
+        expert_NK=expert_NK,
+        weight_NK=top_NK1[:, :k].softmax(dim=-1),
+        logit_sums=sums_of_logits(clean_NB, group_N, num_groups=num_groups),
+        load_AB=sum_by_group(p_NB, group_N, num_groups=num_groups),
+    )
+
+
+def probability_in_topk(clean_TE: Tensor, std_TE: Tensor, top_TK1: Tensor, chosen_TK: Tensor) -> Tensor:
+    """P(x, i) of eq. 8 and 9: the probability that expert i is among the k best if only its noise is redrawn.
+
+    clean_TE: logits without noise. std_TE: standard deviation of the noise. top_TK1: the k + 1 largest noisy
+    logits in descending order. chosen_TK: the experts of the first k. Returns [T, E].
+
+    The threshold is the k-th largest noisy logit among the *other* experts: the (k+1)-th of all for a chosen
+    expert, the k-th for the rest. Membership goes by index, since comparing values would miscount ties.
+    """
+    best_left_out_T1, worst_kept_T1 = top_TK1[:, -1:], top_TK1[:, -2:-1]
+    chosen_TE = torch.zeros_like(clean_TE, dtype=torch.bool).scatter(1, chosen_TK, True)
+    threshold_TE = torch.where(chosen_TE, best_left_out_T1, worst_kept_T1)
+    return torch.special.ndtr((clean_TE - threshold_TE) / std_TE.clamp_min(SMALLEST_STD))

@@ -1,0 +1,337 @@
+"""Noisy top-k choice on the CPU: some rows after the other, each while they are in the cache, in all threads.
+
+As single operators the equations read and write some thirty matrices of rows times experts; here such
+matrices come in as logits and noise, and go out as gradients. Second derivatives take the way of the
+equations.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..routing import LogitSums
+from .memory import recycled_empty
+from .noisy_choice import SMALLEST_STD, Choice, equations
+from .workers import in_parallel
+
+# What a temporary has at most, so that several fit into a core's caches; but for very many experts.
+_NUMBERS_PER_TASK = 1 << 17
+_FEWEST_ROWS_PER_TASK = 16
+
+
+def noisy_choice(
+    clean_NB: Tensor,
+    raw_std_NB: Tensor,
+    noise_NB: Tensor,
+    group_N: Tensor | None,
+    *,
+    num_groups: int,
+    k: int,
+    noise_epsilon: float,
+) -> Choice:
+    """The arguments are those of `equations`; with several groups, group_N ascends."""
+    weight_NK, load_AB, probability_AB, z, expert_NK1 = _forward(
+        clean_NB, raw_std_NB, noise_NB, group_N, num_groups, k, noise_epsilon
+    )
+    return Choice(expert_NK1[:, :k], weight_NK, LogitSums(probability_AB, z), load_AB)
+
+
+class _Task(NamedTuple):
+    """Rows of one group, or of none that counts."""
+
+    group: int
+    rows: slice
+
+
+class _Rows(NamedTuple):
+    """Some rows, and what forward and backward both compute of them."""
+
+    clean_NB: Tensor
+    raw_std_NB: Tensor
+    noise_NB: Tensor
+    std_NB: Tensor
+    is_used_N1: Tensor | None
+
+    def noisy(self, expert_NK1: Tensor) -> Tensor:
+        """The noisy logits of the chosen experts, and of the one left out."""
+        noise_NK1, std_NK1 = self.noise_NB.gather(1, expert_NK1), self.std_NB.gather(1, expert_NK1)
+        return self.clean_NB.gather(1, expert_NK1) + noise_NK1 * std_NK1
+
+    def in_deviations(self, top_NK1: Tensor, chosen_NK: Tensor, safe_std_NB: Tensor) -> Tensor:
+        """The argument of eq. 9's distribution: how many deviations a logit lies above its threshold."""
+        above_NB = (self.clean_NB - top_NK1[:, -2:-1]).div_(safe_std_NB)
+        chosen_above_NK = self.clean_NB.gather(1, chosen_NK) - top_NK1[:, -1:]
+        return above_NB.scatter_(1, chosen_NK, chosen_above_NK.div_(safe_std_NB.gather(1, chosen_NK)))
+
+    def only_used(self, value: Tensor) -> Tensor:
+        """Zeros in place of the rows that are in no sum, written into `value`."""
+        return value if self.is_used_N1 is None else value.masked_fill_(~self.is_used_N1, 0.0)
+
+
+@torch.library.custom_op("sparsegate::noisy_choice", mutates_args=())
+def _forward(
+    clean_NB: Tensor,
+    raw_std_NB: Tensor,
+    noise_NB: Tensor,
+    group_N: Tensor | None,
+    num_groups: int,
+    k: int,
+    noise_epsilon: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the weights of k experts for each row, the three sums, and the k + 1 best experts."""
+    num_rows, num_experts = clean_NB.shape
+    tasks = _tasks(num_rows, num_experts, group_N, num_groups)
+    expert_NK1 = torch.empty(num_rows, k + 1, dtype=torch.int64)
+    weight_NK = clean_NB.new_empty(num_rows, k)
+    load_SB = clean_NB.new_zeros(len(tasks), num_experts)
+    probability_SB, z_S = torch.zeros_like(load_SB), clean_NB.new_zeros(len(tasks))
+
+    def compute(index: int) -> None:
+        group, rows = tasks[index]
+        some = _some_rows(rows, clean_NB, raw_std_NB, noise_NB, group_N, num_groups, noise_epsilon)
+        top_NK1, chosen_NK1 = (some.clean_NB + some.noise_NB * some.std_NB).topk(k + 1, dim=-1)
+        expert_NK1[rows] = chosen_NK1
+        torch.softmax(top_NK1[:, :k], dim=-1, out=weight_NK[rows])
+        if group < num_groups:
+            safe_std_NB = some.std_NB.clamp_min(SMALLEST_STD)
+            above_NB = some.in_deviations(top_NK1, chosen_NK1[:, :k], safe_std_NB)
+            torch.sum(some.only_used(torch.special.ndtr(above_NB)), dim=0, out=load_SB[index])
+            z_N1 = some.clean_NB.logsumexp(dim=-1, keepdim=True)
+            torch.sum(some.only_used((some.clean_NB - z_N1).exp_()), dim=0, out=probability_SB[index])
+            z_S[index] = some.only_used(z_N1).square_().sum()
+
+    in_parallel(compute, range(len(tasks)))
+    group_S = torch.tensor([task.group for task in tasks], dtype=torch.int64)
+    bins = clean_NB.new_zeros(num_groups + 1, num_experts)
+    load_AB, probability_AB = (
+        bins.index_add(0, group_S, sums)[:-1].clone() for sums in (load_SB, probability_SB)
+    )
+    return weight_NK, load_AB, probability_AB, z_S.sum(), expert_NK1
+
+
+@torch.library.custom_op("sparsegate::noisy_choice_backward", mutates_args=())
+def _backward(
+    grad_weight_NK: Tensor | None,
+    grad_load_AB: Tensor | None,
+    grad_probability_AB: Tensor | None,
+    grad_z: Tensor | None,
+    clean_NB: Tensor,
+    raw_std_NB: Tensor,
+    noise_NB: Tensor,
+    group_N: Tensor | None,
+    expert_NK1: Tensor,
+    weight_NK: Tensor,
+    num_groups: int,
+    noise_epsilon: float,
+    needs_noise: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of clean_NB, raw_std_NB, and of noise_NB, which is empty if not needed."""
+    num_rows, num_experts = clean_NB.shape
+    tasks = _tasks(num_rows, num_experts, group_N, num_groups)
+    grad_clean_NB = recycled_empty(num_rows, num_experts, dtype=clean_NB.dtype)
+    grad_raw_NB = recycled_empty(num_rows, num_experts, dtype=clean_NB.dtype)
+    grad_noise_NB = clean_NB.new_zeros(num_rows if needs_noise else 0, num_experts)
+
+    def compute(index: int) -> None:
+        group, rows = tasks[index]
+        some = _some_rows(rows, clean_NB, raw_std_NB, noise_NB, group_N, num_groups, noise_epsilon)
+        top_expert_NK1 = expert_NK1[rows]
+        grad_NB, grad_std_NB = grad_clean_NB[rows].zero_(), torch.zeros_like(some.std_NB)
+        grad_top_NK1 = _of_weights(None if grad_weight_NK is None else grad_weight_NK[rows], weight_NK[rows])
+        if group < num_groups:
+            if grad_load_AB is not None:
+                _add_of_load(some, top_expert_NK1, grad_load_AB[group], grad_NB, grad_std_NB, grad_top_NK1)
+            if grad_probability_AB is not None:
+                _add_of_probability(some, grad_probability_AB[group], grad_NB)
+            if grad_z is not None:
+                _add_of_z(some, grad_z, grad_NB)
+        noise_NK1, std_NK1 = (of_NB.gather(1, top_expert_NK1) for of_NB in (some.noise_NB, some.std_NB))
+        grad_NB.scatter_add_(1, top_expert_NK1, grad_top_NK1)
+        grad_std_NB.scatter_add_(1, top_expert_NK1, grad_top_NK1 * noise_NK1)
+        grad_raw_NB[rows] = torch.ops.aten.softplus_backward(grad_std_NB, some.raw_std_NB, 1, 20)
+        if needs_noise:
+            grad_noise_NB[rows].scatter_(1, top_expert_NK1, grad_top_NK1 * std_NK1)
+
+    in_parallel(compute, range(len(tasks)))
+    return grad_clean_NB, grad_raw_NB, grad_noise_NB
+
+
+def _of_weights(grad_NK: Tensor | None, weight_NK: Tensor) -> Tensor:
+    """The gradient of the k + 1 best noisy logits, by way of the softmax over k of them."""
+    grad_NK1 = F.pad(torch.zeros_like(weight_NK), (0, 1))
+    if grad_NK is not None:
+        grad_NK1[:, :-1] = torch._softmax_backward_data(grad_NK, weight_NK, 1, weight_NK.dtype)
+    return grad_NK1
+
+
+def _add_of_load(
+    some: _Rows,
+    expert_NK1: Tensor,
+    grad_load_B: Tensor,
+    grad_NB: Tensor,
+    grad_std_NB: Tensor,
+    grad_top_NK1: Tensor,
+) -> None:
+    """Add the gradients of logits, deviations and thresholds, by way of eq. 8 and 9."""
+    chosen_NK = expert_NK1[:, :-1]
+    safe_std_NB = some.std_NB.clamp_min(SMALLEST_STD)
+    above_NB = some.in_deviations(some.noisy(expert_NK1), chosen_NK, safe_std_NB)
+    density_NB = (above_NB * above_NB).mul_(-0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
+    through_NB = some.only_used(density_NB.mul_(grad_load_B).div_(safe_std_NB))
+    grad_NB += through_NB
+    grad_std_NB -= (through_NB * above_NB).masked_fill_(some.std_NB < SMALLEST_STD, 0.0)
+    through_chosen_NK = through_NB.gather(1, chosen_NK)
+    grad_top_NK1[:, -1] -= through_chosen_NK.sum(dim=1)
+    grad_top_NK1[:, -2] -= through_NB.scatter_(1, chosen_NK, 0.0).sum(dim=1)
+
+
+def _add_of_probability(some: _Rows, grad_B: Tensor, grad_NB: Tensor) -> None:
+    """Add the gradient of the logits by way of their softmax."""
+    probability_NB = some.clean_NB.softmax(dim=-1)
+    mean_N1 = (probability_NB @ grad_B)[:, None]
+    grad_NB += some.only_used(probability_NB.mul_(grad_B - mean_N1))
+
+
+def _add_of_z(some: _Rows, grad_z: Tensor, grad_NB: Tensor) -> None:
+    """Add the gradient of the logits by way of their log-sum-exp."""
+    z_N1 = some.clean_NB.logsumexp(dim=-1, keepdim=True)
+    grad_NB += some.only_used((some.clean_NB - z_N1).exp_().mul_(2 * grad_z * z_N1))
+
+
+def _some_rows(
+    rows: slice,
+    clean_NB: Tensor,
+    raw_std_NB: Tensor,
+    noise_NB: Tensor,
+    group_N: Tensor | None,
+    num_groups: int,
+    noise_epsilon: float,
+) -> _Rows:
+    raw_NB = raw_std_NB[rows]
+    return _Rows(
+        clean_NB=clean_NB[rows],
+        raw_std_NB=raw_NB,
+        noise_NB=noise_NB[rows],
+        std_NB=F.softplus(raw_NB).add_(noise_epsilon),
+        # The rows of one of several groups are used, all of them.
+        is_used_N1=None if group_N is None or num_groups > 1 else (group_N[rows] == 0)[:, None],
+    )
+
+
+def _tasks(num_rows: int, num_experts: int, group_N: Tensor | None, num_groups: int) -> list[_Task]:
+    """Some rows each, of one group if there are several; the same ones whatever the number of threads."""
+    ends = [num_rows]
+    if group_N is not None and num_groups > 1:
+        ends = torch.bincount(group_N, minlength=num_groups + 1).cumsum(0).tolist()
+    at_once = max(_FEWEST_ROWS_PER_TASK, _NUMBERS_PER_TASK // num_experts)
+    return [
+        _Task(group, slice(first, min(first + at_once, end)))
+        for group, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True))
+        for first in range(start, end, at_once)
+    ]
+
+
+@_forward.register_fake
+def _(
+    clean_NB: Tensor,
+    raw_std_NB: Tensor,
+    noise_NB: Tensor,
+    group_N: Tensor | None,
+    num_groups: int,
+    k: int,
+    noise_epsilon: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    num_rows, num_experts = clean_NB.shape
+    return (
+        clean_NB.new_empty(num_rows, k),
+        clean_NB.new_empty(num_groups, num_experts),
+        clean_NB.new_empty(num_groups, num_experts),
+        clean_NB.new_empty(()),
+        clean_NB.new_empty(num_rows, k + 1, dtype=torch.int64),
+    )
+
+
+@_backward.register_fake
+def _(
+    grad_weight_NK: Tensor | None,
+    grad_load_AB: Tensor | None,
+    grad_probability_AB: Tensor | None,
+    grad_z: Tensor | None,
+    clean_NB: Tensor,
+    raw_std_NB: Tensor,
+    noise_NB: Tensor,
+    group_N: Tensor | None,
+    expert_NK1: Tensor,
+    weight_NK: Tensor,
+    num_groups: int,
+    noise_epsilon: float,
+    needs_noise: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_rows, num_experts = clean_NB.shape
+    return (
+        clean_NB.new_empty(num_rows, num_experts),
+        clean_NB.new_empty(num_rows, num_experts),
+        clean_NB.new_empty(num_rows if needs_noise else 0, num_experts),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    clean_NB, raw_std_NB, noise_NB, group_N, ctx.num_groups, ctx.k, ctx.noise_epsilon = inputs
+    ctx.save_for_backward(clean_NB, raw_std_NB, noise_NB, group_N, output[0], output[4])
+    ctx.mark_non_differentiable(output[4])
+    ctx.set_materialize_grads(False)
+
+
+def _autograd_backward(ctx: Any, *all_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    *grads, _ = all_grads
+    clean_NB, raw_std_NB, noise_NB, group_N, weight_NK, expert_NK1 = ctx.saved_tensors
+    needs, rest = ctx.needs_input_grad[:3], (None,) * 4
+    if not torch.is_grad_enabled():
+        found = _backward(
+            *grads,
+            clean_NB,
+            raw_std_NB,
+            noise_NB,
+            group_N,
+            expert_NK1,
+            weight_NK,
+            ctx.num_groups,
+            ctx.noise_epsilon,
+            needs[2],
+        )
+        return *(grad if needed else None for grad, needed in zip(found, needs, strict=True)), *rest
+    # Derivatives of this backward are wanted: by operators that have them.
+    choice = equations(
+        clean_NB,
+        raw_std_NB,
+        noise_NB,
+        group_N,
+        num_groups=ctx.num_groups,
+        k=ctx.k,
+        noise_epsilon=ctx.noise_epsilon,
+    )
+    values = (choice.weight_NK, choice.load_AB, *choice.logit_sums)
+    outputs = [
+        (value, grad)
+        for value, grad in zip(values, grads, strict=True)
+        if value is not None and grad is not None
+    ]
+    wanted = [
+        tensor for tensor, needed in zip((clean_NB, raw_std_NB, noise_NB), needs, strict=True) if needed
+    ]
+    found = iter(
+        torch.autograd.grad(
+            [value for value, _ in outputs],
+            wanted,
+            [grad for _, grad in outputs],
+            create_graph=True,
+            allow_unused=True,
+        )
+    )
+    return *(next(found) if needed else None for needed in needs), *rest
+
+
+_forward.register_autograd(_autograd_backward, setup_context=_setup_context)

@@ -1,0 +1,131 @@
+"""Noisy top-k choice on the CPU: values and gradients of the equations as they read."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError
+
+from sparsegate.moe.kernels import noisy_choice, threaded_choice
+from tests.helpers.derivatives import assert_derivatives, off_by_a_factor
+from tests.helpers.tolerances import assert_close
+
+NUM_EXPERTS, K = 9, 3
+# Rows, and the group of each: so many groups, or one that has all rows, or some.
+CASES = {
+    "one group": (50, None, 1),
+    "padded": (50, (torch.rand(50, generator=torch.Generator().manual_seed(0)) < 0.3).long(), 1),
+    "all padded": (5, torch.ones(5, dtype=torch.int64), 1),
+    "groups": (50, torch.arange(50) // 11, 5),
+    "groups, unused rows, an empty group": (50, torch.arange(50) // 10 + 1, 5),
+    "no row": (0, None, 1),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_tasks_in_two_threads(monkeypatch):
+    """Of few rows, so that there are many."""
+    monkeypatch.setattr(threaded_choice, "_NUMBERS_PER_TASK", 4 * NUM_EXPERTS)
+    monkeypatch.setattr(threaded_choice, "_FEWEST_ROWS_PER_TASK", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def logits(num_rows: int, dtype: torch.dtype) -> list[Tensor]:
+    """Clean logits, those of the noise (some of it next to nothing), and its draws."""
+    clean_NB, raw_NB, noise_NB = torch.randn(3, num_rows, NUM_EXPERTS, dtype=dtype).unbind()
+    raw_NB[1::3] = -40.0
+    return [tensor.clone().requires_grad_() for tensor in (clean_NB, raw_NB, noise_NB)]
+
+
+def outputs(choice: noisy_choice.Choice) -> list[Tensor]:
+    return [choice.weight_NK, choice.load_AB, *choice.logit_sums]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("noise_epsilon", [0.0, 0.01])
+def test_values_and_gradients_are_those_of_the_equations(case, dtype, noise_epsilon):
+    num_rows, group_N, num_groups = CASES[case]
+    inputs = logits(num_rows, dtype)
+    found = [
+        choose(*inputs, group_N, num_groups=num_groups, k=K, noise_epsilon=noise_epsilon)
+        for choose in (threaded_choice.noisy_choice, noisy_choice.equations)
+    ]
+    ours, theirs = (outputs(choice) for choice in found)
+    used_N = torch.ones(num_rows, dtype=torch.bool) if group_N is None else group_N < num_groups
+    assert torch.equal(found[0].expert_NK[used_N], found[1].expert_NK[used_N])
+    cotangents = [torch.randn_like(value) for value in theirs]
+    # A gate masks the weights of unused rows, and with them their gradients.
+    cotangents[0] *= used_N[:, None]
+    for our_value, their_value in zip(ours[1:], theirs[1:], strict=True):
+        assert_close(our_value, their_value, dtype=dtype)
+    assert_close(ours[0][used_N], theirs[0][used_N], dtype=dtype)
+    for part in (slice(None), slice(1), slice(1, 2), slice(2, 3), slice(3, 4)):  # together, and each alone
+        gradients = [
+            torch.autograd.grad(
+                values[part], inputs, cotangents[part], retain_graph=True, materialize_grads=True
+            )
+            for values in (ours, theirs)
+        ]
+        for our_gradient, their_gradient in zip(*gradients, strict=True):
+            assert_close(our_gradient, their_gradient, dtype=dtype, scale=10)
+
+
+def test_no_sum_depends_on_the_number_of_threads():
+    inputs = logits(500, torch.float32)
+    choose = partial(threaded_choice.noisy_choice, *inputs, None, num_groups=1, k=K, noise_epsilon=0.0)
+    several = outputs(choose())
+    torch.set_num_threads(1)
+    for ours, alone in zip(several, outputs(choose()), strict=True):
+        assert torch.equal(ours, alone)
+
+
+def few_rows(case: str):
+    """Three rows, with a sum of each kind."""
+    group_N = {"one group": None, "padded": torch.tensor([0, 1, 0]), "groups": torch.tensor([0, 1, 2])}[case]
+
+    def choose(*inputs: Tensor) -> tuple[Tensor, ...]:
+        num_groups = 2 if case == "groups" else 1
+        return tuple(
+            outputs(
+                threaded_choice.noisy_choice(*inputs, group_N, num_groups=num_groups, k=2, noise_epsilon=0.01)
+            )
+        )
+
+    inputs = [torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    return choose, inputs
+
+
+@pytest.mark.parametrize("case", ["one group", "padded", "groups"])
+def test_derivatives_are_those_of_finite_differences(case):
+    torch.set_num_threads(1)
+    choose, inputs = few_rows(case)
+    assert_derivatives(choose, *inputs)
+
+
+@pytest.mark.parametrize("position", range(3))
+def test_a_factor_planted_in_the_backward_is_caught(position, monkeypatch):
+    forward = threaded_choice._forward
+    monkeypatch.setattr(forward, "_backward_fn", off_by_a_factor(forward._backward_fn, position))
+    choose, inputs = few_rows("one group")
+    with pytest.raises(GradcheckError):
+        assert_derivatives(choose, *inputs)
+
+
+@pytest.mark.parametrize("case", ["one group", "padded", "groups"])
+def test_the_operators_are_what_torch_expects_of_operators(case):
+    num_rows, group_N, num_groups = CASES[case]
+    inputs = logits(num_rows, torch.float32)
+    torch.library.opcheck(threaded_choice._forward, (*inputs, group_N, num_groups, K, 0.0))
+    weight_NK, *_, expert_NK1 = threaded_choice._forward(*inputs, group_N, num_groups, K, 0.0)
+    plain = [tensor.detach() for tensor in inputs]
+    grads = (torch.randn(num_rows, K), torch.randn(num_groups, NUM_EXPERTS), None, torch.randn(()))
+    for needs_noise in (False, True):
+        torch.library.opcheck(
+            threaded_choice._backward,
+            (*grads, *plain, group_N, expert_NK1, weight_NK.detach(), num_groups, 0.0, needs_noise),
+        )
