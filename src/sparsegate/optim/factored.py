@@ -1,12 +1,14 @@
 """Adam for expert weights, at hardly any memory (appendix D of the paper)."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Experts are updated together up to this many numbers, so that no temporary is larger.
+from .rounding import RoundingNoise, round_to_bfloat16
+
+# Matrices are updated together up to this many numbers, so that no temporary is larger.
 _CHUNK = 1 << 22
 
 
@@ -19,12 +21,18 @@ class FactoredAdam(torch.optim.Optimizer):
     rank one. Both are corrected for their start at zero as Adam's are; the paper states no constants. Every
     matrix, the last two axes of a parameter, is one by itself: each expert of a stack has its own averages.
 
-    State of a parameter [..., D, H]: row [..., D] and col [..., H], float32, and step: 1/H + 1/D of its size.
-    A matrix without a gradient at a step (an expert without tokens) keeps its weights, and its averages
-    decay.
+    State of a parameter [..., D, H]: row [..., D] and col [..., H], float32 (float64 for float64 weights);
+    last [...], int64, the step at which a matrix was last updated; and step. In bytes, 4 (D + H) + 8 for each
+    matrix. A matrix without a gradient at a step (an expert without tokens) keeps its weights, and its
+    averages decay: at once with a gradient of zeros, at its next update where it is left out.
+
+    Gradients come from `.grad` with `step()`, or matrix by matrix through `consume`, which updates them at
+    once; `step()` then ends the step. Both give equal weights.
 
     params: tensors of two axes or more, or groups of them. lr: step size. beta2: decay of the averages.
-    eps: added to the root of each average, for a matrix that never had a gradient.
+    eps: added to the root of each average, for a matrix that never had a gradient. rounding_seed: bfloat16
+    weights are rounded up or down at random, their mean the unrounded value, by draws that follow from this
+    seed and the step; None: to the nearest.
     """
 
     def __init__(
@@ -34,6 +42,7 @@ class FactoredAdam(torch.optim.Optimizer):
         lr: float = 1e-3,
         beta2: float = 0.999,
         eps: float = 1e-8,
+        rounding_seed: int | None = None,
     ) -> None:
         if not lr >= 0:
             raise ValueError(f"lr ({lr}) must not be negative")
@@ -41,63 +50,127 @@ class FactoredAdam(torch.optim.Optimizer):
             raise ValueError(f"beta2 ({beta2}) must be at least 0 and below 1")
         if not eps > 0:
             raise ValueError(f"eps ({eps}) must be above 0")
+        self._noise = None if rounding_seed is None else RoundingNoise(rounding_seed)
+        self._begun: set[Tensor] = set()
         super().__init__(params, {"lr": lr, "beta2": beta2, "eps": eps})
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.dim() < 2:
-                    raise ValueError(
-                        f"params: one has the shape {[*parameter.shape]}, and rows and columns need two "
-                        "axes; give it to another optimizer"
-                    )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Also makes the state, which is then there whichever thread is the first to update."""
+        super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            if parameter.dim() < 2:
+                raise ValueError(
+                    f"params: one has the shape {[*parameter.shape]}, and rows and columns need two "
+                    "axes; give it to another optimizer"
+                )
+            *leading, num_rows, num_columns = parameter.shape
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            self.state[parameter] = {
+                "row": parameter.new_zeros(*leading, num_rows, dtype=wide),
+                "col": parameter.new_zeros(*leading, num_columns, dtype=wide),
+                "last": parameter.new_zeros(leading, dtype=torch.int64),
+                "step": torch.zeros(()),
+            }
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyrefly: ignore
-        """Update every parameter that has a gradient."""
+    def step(  # pyrefly: ignore
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        used: Mapping[Tensor, Tensor] | None = None,
+    ) -> float | None:
+        """Update every parameter that has a gradient; end the step of those that were updated in backward.
+
+        used: for some parameters, bool [...], which of their matrices the gradient is of. The others, whose
+        gradient is zero, cost nothing: it is not even read.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            if parameter.grad is not None:
+                used_E = None if used is None else used.get(parameter)
+                grad_EDH = parameter.grad.reshape(-1, *parameter.shape[-2:])
+                for block in _blocks(grad_EDH, used_E):
+                    self._update(parameter, block, grad_EDH[block], _squares(grad_EDH[block]))
+            elif parameter not in self._begun:
+                continue
+            self.state[parameter]["step"] += 1
+        self._begun.clear()
         return loss
 
-    def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        if not state:
-            state["row"] = parameter.new_zeros(parameter.shape[:-1], dtype=torch.float32)
-            state["col"] = parameter.new_zeros(
-                *parameter.shape[:-2], parameter.shape[-1], dtype=torch.float32
-            )
-            state["step"] = torch.zeros(())
-        state["step"] += 1
-        row, col = state["row"], state["col"]
-        row.lerp_(_mean_square(grad, dim=-1), 1 - group["beta2"])
-        col.lerp_(_mean_square(grad, dim=-2), 1 - group["beta2"])
-        correction = 1 - group["beta2"] ** float(state["step"])
-        root_row = (row / correction).sqrt_().add_(group["eps"])
-        root_col = (col / correction).sqrt_().add_(group["eps"])
+    @property
+    def has_begun(self) -> bool:
+        """Whether weights have been updated since the last `step()`: there is then no way back."""
+        return bool(self._begun)
+
+    @torch.no_grad()
+    def consume(self, weight_EDH: Tensor, first_expert: int, grad_EDH: Tensor) -> None:
+        """Update some matrices with their gradient, for the step that `step()` will end; any thread may.
+
+        weight_EDH: the parameter. grad_EDH: of matrices from first_expert on, each of them once in a step.
+        FloatingPointError: it is not finite; these matrices are as they were.
+        """
+        squares = _squares(grad_EDH)
+        if not squares.sum().isfinite():
+            raise FloatingPointError("the gradient of an expert's weights is not finite")
+        self._begun.add(weight_EDH)
+        self._update(weight_EDH, slice(first_expert, first_expert + len(grad_EDH)), grad_EDH, squares)
+
+    def _update(self, parameter: Tensor, block: slice, grad_EDH: Tensor, squares_EDH: Tensor) -> None:
+        """One step of some matrices. squares_EDH: is overwritten."""
+        group, state = self._group(parameter), self.state[parameter]
+        row_ED = state["row"].view(-1, parameter.shape[-2])[block]
+        col_EH = state["col"].view(-1, parameter.shape[-1])[block]
+        last_E, step, beta2 = state["last"].view(-1)[block], int(state["step"]) + 1, group["beta2"]
+        # The averages of a matrix that was left out decay by one factor for each step.
+        decay_E1 = (beta2 ** (step - last_E).double()).to(row_ED.dtype)[:, None]
+        row_ED.mul_(decay_E1).add_(squares_EDH.mean(dim=2), alpha=1 - beta2)
+        col_EH.mul_(decay_E1).add_(squares_EDH.mean(dim=1), alpha=1 - beta2)
+        last_E.fill_(step)
+        correction = 1 - beta2**step
+        root_row_ED = (row_ED / correction).sqrt_().add_(group["eps"])
+        root_col_EH = (col_EH / correction).sqrt_().add_(group["eps"])
         # g / sqrt(R C^T / mean(R)) without the matrix: one factor for each row, and one for each column.
-        root_mean = (row.mean(dim=-1, keepdim=True) / correction).sqrt_().add_(group["eps"])
-        _descend(
-            parameter.view(-1, *parameter.shape[-2:]),
-            grad.reshape(-1, *grad.shape[-2:]),
-            by_row=(root_mean / root_row).view(-1, grad.shape[-2], 1),
-            by_col=(group["lr"] / root_col).view(-1, 1, grad.shape[-1]),
-        )
+        root_mean_E1 = (row_ED.mean(dim=1, keepdim=True) / correction).sqrt_().add_(group["eps"])
+        scaled_EDH = torch.mul(grad_EDH, (root_mean_E1 / root_row_ED)[:, :, None], out=squares_EDH)
+        by_col_E1H = (group["lr"] / root_col_EH)[:, None, :]
+        weight_EDH = parameter.detach().view(-1, *parameter.shape[-2:])[block]
+        if weight_EDH.dtype == scaled_EDH.dtype:
+            weight_EDH.addcmul_(scaled_EDH, by_col_E1H, value=-1)
+            return
+        value_EDH = weight_EDH.to(scaled_EDH.dtype).addcmul_(scaled_EDH, by_col_E1H, value=-1)
+        if self._noise is not None and weight_EDH.dtype == torch.bfloat16:
+            noise_EDH = self._noise.draw(
+                weight_EDH.shape, parameter=self._number(parameter), step=step, first_matrix=block.start
+            )
+            value_EDH = round_to_bfloat16(value_EDH, noise_EDH.to(value_EDH.device))
+        weight_EDH.copy_(value_EDH)
+
+    def _group(self, parameter: Tensor) -> dict[str, Any]:
+        return next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
+
+    def _number(self, parameter: Tensor) -> int:
+        ours = (p for group in self.param_groups for p in group["params"])
+        return next(number for number, p in enumerate(ours) if p is parameter)
 
 
-def _descend(weight_EDH: Tensor, grad_EDH: Tensor, *, by_row: Tensor, by_col: Tensor) -> None:
-    """weight -= grad * by_row * by_col, some matrices at a time. by_row: [E, D, 1]. by_col: [E, 1, H]."""
-    together = max(1, _CHUNK // max(weight_EDH[0].numel(), 1))
-    for weight, grad, rows, cols in zip(
-        *(tensor.split(together) for tensor in (weight_EDH, grad_EDH, by_row, by_col)), strict=True
-    ):
-        weight.sub_((grad * rows).mul_(cols).to(weight.dtype))
+def _squares(grad_EDH: Tensor) -> Tensor:
+    """float32 at least. One pass, and sums of it, are far quicker than norms along the rows' axis."""
+    return grad_EDH.to(torch.promote_types(grad_EDH.dtype, torch.float32), copy=False).square()
 
 
-def _mean_square(grad: Tensor, *, dim: int) -> Tensor:
-    """Mean of the squares along an axis, float32, without a matrix of squares."""
-    norm = torch.linalg.vector_norm(grad, dim=dim, dtype=torch.float32)
-    return norm.square_() / grad.shape[dim]
+def _blocks(grad_EDH: Tensor, used_E: Tensor | None) -> Iterator[slice]:
+    """Runs of matrices that are updated together, at most as many as one chunk holds."""
+    together = max(1, _CHUNK // max(grad_EDH[0].numel(), 1))
+    for start, end in [(0, len(grad_EDH))] if used_E is None else _runs(used_E.flatten()):
+        for first in range(start, end, together):
+            yield slice(first, min(end, first + together))
+
+
+def _runs(used_E: Tensor) -> list[tuple[int, int]]:
+    """First and end of each run of true values."""
+    padded_E = torch.nn.functional.pad(used_E.to(torch.int8), (1, 1))
+    edges = padded_E.diff().nonzero().flatten().tolist()
+    return list(zip(edges[::2], edges[1::2], strict=True))

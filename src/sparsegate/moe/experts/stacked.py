@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from ..dispatch import plan_rows
 from ..kernels.activations import ACTIVATIONS, ActivationName
 from ..kernels.choice import Setting, feed_forward_kernel
-from ..precision import product_dtype
+from ..kernels.sink import GradientSink
+from ..precision import autocast_dtype, product_dtype
 from ..routing import Routing
 from .experts import Experts
 
@@ -20,10 +21,16 @@ class StackedExperts(Experts):
 
     width: of input and output. recompute: keep no hidden layer for backward but compute it again, for one
     product in six more and T * K * S values less (appendix D). kernel: one of `kernels/choice.py`; None: the
-    first that suits the input. ValueError at the first input where the one named does not.
+    first that suits the input. ValueError at the first input where the one named does not. storage: dtype
+    that the weights are kept in where it is not that of the products, to which they are cast expert by
+    expert; None: `dtype`, and x must have it too.
+
+    sink: where there is one, the backward pass gives it each expert's weight gradient as soon as it is made,
+    and `.grad` stays None. A sink may change that expert's weights at once.
     """
 
     activation: ActivationName
+    sink: GradientSink | None
 
     def __init__(
         self,
@@ -33,6 +40,7 @@ class StackedExperts(Experts):
         num_experts: int,
         recompute: bool = False,
         kernel: str | None = None,
+        storage: torch.dtype | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -43,6 +51,9 @@ class StackedExperts(Experts):
         self.num_experts = num_experts
         self.recompute = recompute
         self.kernel = kernel
+        self.casts = storage is not None
+        self.sink = None
+        dtype = dtype if storage is None else storage
         self.w_in = nn.Parameter(torch.empty(num_experts, width, inputs, device=device, dtype=dtype))
         self.w_out = nn.Parameter(torch.empty(num_experts, hidden, width, device=device, dtype=dtype))
         self.reset_parameters()
@@ -59,9 +70,10 @@ class StackedExperts(Experts):
         return self.w_in[0].numel() + self.w_out[0].numel()
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        dtype = autocast_dtype(x_TD) if self.casts else product_dtype(x_TD, self.w_in, self.w_out)
         setting = Setting(
             device=x_TD.device.type,
-            dtype=product_dtype(x_TD, self.w_in, self.w_out),
+            dtype=dtype,
             num_experts=self.num_experts,
             width=self.w_out.shape[2],
             hidden=self.w_out.shape[1],
@@ -74,4 +86,16 @@ class StackedExperts(Experts):
             plan_rows(routing),
             activation=self.activation,
             recompute=self.recompute,
+            dtype=dtype,
+            sink=self.sink,
         )
+
+
+def draw_normal(weight_EDH: Tensor, *, std: float) -> None:
+    """Fill with normal numbers in place. Narrow ones are drawn in float32, matrix by matrix."""
+    if weight_EDH.dtype.itemsize >= 4:
+        nn.init.normal_(weight_EDH, std=std)
+        return
+    with torch.no_grad():
+        for weight_DH in weight_EDH.unbind():
+            weight_DH.copy_(torch.randn(weight_DH.shape, device=weight_DH.device).mul_(std))

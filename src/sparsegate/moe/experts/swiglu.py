@@ -1,8 +1,6 @@
 """SwiGLU experts (Shazeer 2020): the feed-forward network of most mixtures since."""
 
-from torch import nn
-
-from .stacked import StackedExperts
+from .stacked import StackedExperts, draw_normal
 
 
 class SwiGLU(StackedExperts):
@@ -18,5 +16,5 @@ class SwiGLU(StackedExperts):
     def reset_parameters(self) -> None:
         """Normal of variance 1/fan_in."""
         _, hidden, width = self.w_out.shape
-        nn.init.normal_(self.w_in, std=width**-0.5)
-        nn.init.normal_(self.w_out, std=hidden**-0.5)
+        draw_normal(self.w_in, std=width**-0.5)
+        draw_normal(self.w_out, std=hidden**-0.5)

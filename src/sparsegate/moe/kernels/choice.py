@@ -14,12 +14,17 @@ from . import threaded, unfused
 from .activations import ActivationName
 from .grouped import grouped_product
 from .grouped_mm import grouped_mm_product
+from .sink import GradientSink, with_whole_gradients
 
 _LOG = logging.getLogger(__name__)
 
 
 class FeedForwardKernel(Protocol):
-    """The function that every kernel is; `unfused.feed_forward` tells its arguments."""
+    """The function that every kernel is; `unfused.feed_forward` tells its first arguments.
+
+    dtype: of the products, to which input and weights are cast; None: the one that they share. sink: gets the
+    weights' gradients, and autograd is told of none; None: they are autograd's.
+    """
 
     def __call__(
         self,
@@ -31,6 +36,8 @@ class FeedForwardKernel(Protocol):
         *,
         activation: ActivationName,
         recompute: bool,
+        dtype: torch.dtype | None = None,
+        sink: GradientSink | None = None,
     ) -> Tensor: ...
 
 
@@ -112,7 +119,7 @@ def _triton_unsuited(setting: Setting) -> str | None:
 def _load_triton() -> FeedForwardKernel:
     from .triton.feed_forward import feed_forward  # triton is no dependency: imported by who chose it
 
-    return feed_forward
+    return with_whole_gradients(feed_forward)
 
 
 KERNELS: dict[str, Kernel] = {
@@ -128,13 +135,13 @@ KERNELS: dict[str, Kernel] = {
             name="grouped_mm",
             what="torch's grouped product between dispatch and combine",
             unsuited=_grouped_mm_unsuited,
-            load=lambda: partial(unfused.feed_forward, product=grouped_mm_product),
+            load=lambda: with_whole_gradients(partial(unfused.feed_forward, product=grouped_mm_product)),
         ),
         Kernel(
             name="loop",
             what="one product per expert between dispatch and combine; any device, derivatives of any order",
             unsuited=lambda setting: None,
-            load=lambda: partial(unfused.feed_forward, product=grouped_product),
+            load=lambda: with_whole_gradients(partial(unfused.feed_forward, product=grouped_product)),
         ),
         # Behind the one that always suits, so used only by name: proven in Triton's interpreter, but not yet
         # run on a device (docs/performance.md).

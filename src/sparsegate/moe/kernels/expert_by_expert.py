@@ -1,0 +1,178 @@
+"""Experts on the CPU, expert by expert: what the forward and the backward pass do, without autograd.
+
+An expert's rows are gathered, multiplied, activated and multiplied again while they are in the cache. Experts
+with few rows are computed side by side, one thread each; the others one after the other with all threads.
+What a token's experts return is summed in the order of its pairs, so that the result depends neither on which
+thread was first nor on chance.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dispatch import Plan
+from ..precision import autocast_off
+from .activations import ACTIVATIONS
+from .memory import recycled_empty
+from .products import multiply, product
+from .workers import in_parallel
+
+# As many rows for each thread keep one product as fast as several products side by side.
+_ROWS_PER_THREAD = 128
+
+
+class Rows(NamedTuple):
+    """What the gradients of one expert's weights are made of: w_in's of input and grad_in, w_out's likewise.
+
+    input_ND, grad_in_NS: of the first product. hidden_NH, grad_out_ND: of the second.
+    """
+
+    input_ND: Tensor
+    grad_in_NS: Tensor
+    hidden_NH: Tensor
+    grad_out_ND: Tensor
+
+
+def forward(
+    x_TD: Tensor,
+    w_in_EDS: Tensor,
+    w_out_EHD: Tensor,
+    weight_N: Tensor,
+    plan: Plan,
+    *,
+    activation: str,
+    dtype: torch.dtype,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return y_TD, and what the activation keeps of each row, [N, S]: of no row unless `keep`.
+
+    dtype: of the products.
+    """
+    act, num_rows = ACTIVATIONS[activation], len(plan.token_N)
+    weight_N1 = weight_N[plan.order_N][:, None]
+    kept_NS = recycled_empty(num_rows if keep else 0, w_in_EDS.shape[2], dtype=dtype)
+    rows_ND = recycled_empty(num_rows, x_TD.shape[1], dtype=torch.promote_types(dtype, weight_N.dtype))
+
+    def compute(task: _Task) -> None:
+        expert, rows = task
+        in_NS = product(x_TD.index_select(0, plan.token_N[rows]).to(dtype), w_in_EDS[expert].to(dtype))
+        if keep:
+            act.keep(in_NS, out=kept_NS[rows])
+            hidden_NH = act.hidden(kept_NS[rows])
+        else:
+            hidden_NH = act(in_NS)
+        torch.mul(product(hidden_NH, w_out_EHD[expert].to(dtype)), weight_N1[rows], out=rows_ND[rows])
+
+    with autocast_off(x_TD.device), torch.no_grad():
+        _for_each(compute, _tasks(plan.end_E))
+        num_used = int(plan.end_E[-1])
+        rows_ND[num_used:].zero_()
+        kept_NS[num_used:].zero_()
+        return _sum_of_pairs(rows_ND, plan).to(x_TD.dtype), kept_NS
+
+
+def backward(
+    grad_TD: Tensor,
+    x_TD: Tensor,
+    w_in_EDS: Tensor,
+    w_out_EHD: Tensor,
+    weight_N: Tensor,
+    plan: Plan,
+    kept_NS: Tensor,
+    *,
+    activation: str,
+    dtype: torch.dtype,
+    needs_x: bool,
+    take: Callable[[int, Rows], None] | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x_TD, empty where it is not needed, and of weight_N.
+
+    take: called with each expert that has rows, in whatever thread computed them, after the last use of its
+    weights, so that it may change them; None: no gradient of the weights is wanted.
+
+    The gradient of a gate's weight is the product of an expert's output with y's gradient. It equals that of
+    the hidden layer with its gradient, so that no output need be kept.
+    """
+    act, num_rows, wide = (
+        ACTIVATIONS[activation],
+        len(plan.token_N),
+        torch.promote_types(dtype, weight_N.dtype),
+    )
+    weight_N1 = weight_N[plan.order_N][:, None]
+    grad_rows_ND = recycled_empty(*((num_rows, x_TD.shape[1]) if needs_x else (0,)), dtype=dtype)
+    grad_weight_N = weight_N.new_zeros(num_rows, dtype=wide)
+
+    def compute(task: _Task) -> None:
+        expert, rows = task
+        token, w_in_DS, w_out_HD = plan.token_N[rows], w_in_EDS[expert].to(dtype), w_out_EHD[expert].to(dtype)
+        input_ND = x_TD.index_select(0, token).to(dtype)
+        if len(kept_NS):
+            kept = kept_NS[rows]
+        else:
+            kept = product(input_ND, w_in_DS)
+            act.keep(kept, out=kept)
+        hidden_NH, grad_ND = act.hidden(kept), grad_TD.index_select(0, token).to(dtype)
+        grad_NH = product(grad_ND, w_out_HD.t())
+        torch.sum(grad_NH * hidden_NH, dim=1, dtype=wide, out=grad_weight_N[rows])
+        grad_NS = act.gradient(grad_NH.mul_(weight_N1[rows]), kept)
+        if needs_x:
+            multiply(grad_NS, w_in_DS.t(), out=grad_rows_ND[rows])
+        if take is not None:
+            take(expert, Rows(input_ND, grad_NS, hidden_NH, grad_ND.mul_(weight_N1[rows])))
+
+    with autocast_off(x_TD.device), torch.no_grad():
+        _for_each(compute, _tasks(plan.end_E))
+        grad_x_TD = grad_rows_ND
+        if needs_x:
+            grad_rows_ND[int(plan.end_E[-1]) :].zero_()
+            grad_x_TD = _sum_of_pairs(grad_rows_ND, plan)
+        return grad_x_TD.to(x_TD.dtype), grad_weight_N[plan.row_N].to(weight_N.dtype)
+
+
+def without_rows(end_E: Tensor) -> list[int]:
+    """The experts that have none."""
+    return end_E.diff(prepend=end_E.new_zeros(1)).eq(0).nonzero().squeeze(1).tolist()
+
+
+class _Task(NamedTuple):
+    """One expert and its rows."""
+
+    expert: int
+    rows: slice
+
+
+def _tasks(end_E: Tensor) -> list[_Task]:
+    """One for each expert that has rows, the heaviest first, so that no thread begins it last."""
+    count_E = end_E.diff(prepend=end_E.new_zeros(1))
+    used = count_E.nonzero().squeeze(1)
+    used = used[count_E[used].argsort(descending=True, stable=True)]
+    return [
+        _Task(expert, slice(end - count, end))
+        for expert, end, count in zip(
+            used.tolist(), end_E[used].tolist(), count_E[used].tolist(), strict=True
+        )
+    ]
+
+
+def _for_each(compute: Callable[[_Task], None], tasks: list[_Task]) -> None:
+    num_threads = torch.get_num_threads()
+    num_rows = sum(task.rows.stop - task.rows.start for task in tasks)
+    # An expert that has more than a thread's fair share would keep the others waiting.
+    alone = min(_ROWS_PER_THREAD * num_threads, num_rows // num_threads + 1)
+    few: list[int] = []
+    for index, task in enumerate(tasks):
+        if task.rows.stop - task.rows.start >= alone:
+            compute(task)
+        else:
+            few.append(index)
+    in_parallel(lambda index: compute(tasks[index]), few)
+
+
+def _sum_of_pairs(rows_ND: Tensor, plan: Plan) -> Tensor:
+    """Sum each token's rows in the order of its pairs; in float32 at least, rounded once."""
+    if plan.pairs_per_token is not None:
+        return F.embedding_bag(plan.row_N.view(-1, plan.pairs_per_token), rows_ND, mode="sum")
+    return F.embedding_bag(plan.row_N, rows_ND, plan.pairs_T.cumsum(0) - plan.pairs_T, mode="sum")
