@@ -25,7 +25,7 @@ from benchmarks import RESULTS
 from sparsegate.benchmarking.measuring import circumstances, markdown
 from sparsegate.moe.dispatch import Plan, combine, dispatch, plan_rows
 from sparsegate.moe.kernels import reference
-from sparsegate.moe.routing import Routing
+from sparsegate.moe.routing import LogitSums, Routing
 
 
 class Case(NamedTuple):
@@ -76,7 +76,7 @@ def operands(case: Case, device: str, dtype: torch.dtype) -> tuple[list[Tensor],
     weight_TK = torch.rand(case.tokens, case.k, device=device)
     expert_TK += torch.randint(case.experts // score_TE.shape[1], expert_TK.shape, device=device)
     routing = Routing.of_token_choice(
-        logit_TE=score_TE.new_zeros(1, 1).expand(case.tokens, case.experts),
+        logit_sums=LogitSums(weight_TK.new_zeros(1, case.experts), weight_TK.new_zeros(())),
         expert_TK=expert_TK,
         weight_TK=weight_TK,
         mask_T=None,

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparsegate.moe.kernels import choice, reference, unfused
+from sparsegate.moe.kernels.sink import with_whole_gradients
 from tests.helpers.moe_cases import a_batch, a_moe
 from tests.moe.test_layer import (
     test_padding_leaves_no_trace_even_if_it_is_nan as padding_leaves_no_trace,
@@ -27,7 +28,7 @@ def forgets_the_unused_rows(rows_ND, weight_EDH, end_E):
 
 
 def test_a_product_that_leaves_rows_unwritten_is_caught(monkeypatch):
-    faulty = partial(unfused.feed_forward, product=forgets_the_unused_rows)
+    faulty = with_whole_gradients(partial(unfused.feed_forward, product=forgets_the_unused_rows))
     kernel = choice.KERNELS["threaded"]._replace(load=lambda: faulty)
     monkeypatch.setitem(choice.KERNELS, "threaded", kernel)
     moe, batch = a_moe(), a_batch(7)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .precision import autocast_off
@@ -107,6 +108,8 @@ class _Sum(torch.autograd.Function):
     def forward(
         rows_ND: Tensor, token_N: Tensor, row_N: Tensor, pairs_T: Tensor, pairs_per_token: int | None
     ) -> Tensor:
+        if pairs_per_token is not None and rows_ND.is_cpu:
+            return F.embedding_bag(row_N.view(-1, pairs_per_token), rows_ND, mode="sum")
         pairs_ND = rows_ND.index_select(0, row_N)
         if pairs_per_token is None:
             # In the order of the pairs on every device, unlike an index_add. Its checks would read lengths.

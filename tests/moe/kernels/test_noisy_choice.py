@@ -35,10 +35,10 @@ def small_tasks_in_two_threads(monkeypatch):
 
 
 def logits(num_rows: int, dtype: torch.dtype) -> list[Tensor]:
-    """Clean logits, those of the noise (some of it next to nothing), and its draws."""
-    clean_NB, raw_NB, noise_NB = torch.randn(3, num_rows, NUM_EXPERTS, dtype=dtype).unbind()
-    raw_NB[1::3] = -40.0
-    return [tensor.clone().requires_grad_() for tensor in (clean_NB, raw_NB, noise_NB)]
+    """Clean logits and those of the noise, some of it next to nothing; and its draws."""
+    logits_NS = torch.randn(num_rows, 2 * NUM_EXPERTS, dtype=dtype)
+    logits_NS[1::3, NUM_EXPERTS:] = -40.0
+    return [logits_NS.requires_grad_(), torch.randn(num_rows, NUM_EXPERTS, dtype=dtype, requires_grad=True)]
 
 
 def outputs(choice: noisy_choice.Choice) -> list[Tensor]:
@@ -96,7 +96,7 @@ def few_rows(case: str):
             )
         )
 
-    inputs = [torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    inputs = [torch.randn(3, size, dtype=torch.float64, requires_grad=True) for size in (8, 4)]
     return choose, inputs
 
 
@@ -107,7 +107,7 @@ def test_derivatives_are_those_of_finite_differences(case):
     assert_derivatives(choose, *inputs)
 
 
-@pytest.mark.parametrize("position", range(3))
+@pytest.mark.parametrize("position", range(2))
 def test_a_factor_planted_in_the_backward_is_caught(position, monkeypatch):
     forward = threaded_choice._forward
     monkeypatch.setattr(forward, "_backward_fn", off_by_a_factor(forward._backward_fn, position))

@@ -18,7 +18,7 @@ from .balanced import (
     threshold_terms,
 )
 from .batchwise import batchwise, blocks, num_blocks, require_scope, smaller
-from .noisy_topk import choose, require_epsilon
+from .noisy_topk import choose, choose_by_noisy_logits, require_epsilon
 
 
 class ChoiceInGroups(NamedTuple):
@@ -114,23 +114,25 @@ class NoisyTopKGroups(GroupGates):
         self, rows_ND: Tensor, groups: Routing, plan: Plan, noise_NB: Tensor | None
     ) -> ChoiceInGroups:
         # In the order of the rows, where those of a group stand together; only what is chosen is put back.
-        clean_NB = grouped_product(rows_ND, self.w_gate.to(rows_ND.dtype), plan.end_E)
-        raw_std_NB = None
+        group_N = groups.expert_N[plan.order_N]
         if self.training:
-            raw_std_NB = grouped_product(rows_ND, self.w_noise.to(rows_ND.dtype), plan.end_E)
+            weight_ADS = torch.cat([self.w_gate, self.w_noise], dim=2).to(rows_ND.dtype)
+            logits_NS = grouped_product(rows_ND, weight_ADS, plan.end_E)
             if noise_NB is None:
-                noise_NB = torch.randn_like(clean_NB)
+                noise_NB = torch.randn_like(logits_NS[:, : self.group_size])
             else:
-                noise_NB = noise_NB.to(clean_NB.dtype).index_select(0, plan.order_N)
-        choice = choose(
-            clean_NB,
-            raw_std_NB,
-            noise_NB,
-            groups.expert_N[plan.order_N],
-            num_groups=self.num_groups,
-            k=self.pairs_per_row,
-            noise_epsilon=self.noise_epsilon,
-        )
+                noise_NB = noise_NB.to(rows_ND.dtype).index_select(0, plan.order_N)
+            choice = choose_by_noisy_logits(
+                logits_NS,
+                noise_NB,
+                group_N,
+                num_groups=self.num_groups,
+                k=self.pairs_per_row,
+                noise_epsilon=self.noise_epsilon,
+            )
+        else:
+            logit_NB = grouped_product(rows_ND, self.w_gate.to(rows_ND.dtype), plan.end_E)
+            choice = choose(logit_NB, group_N, num_groups=self.num_groups, k=self.pairs_per_row)
         expert_NK = choice.expert_NK.index_select(0, plan.row_N)
         return ChoiceInGroups(
             row_P=tokens_of_rows(expert_NK),
@@ -139,7 +141,7 @@ class NoisyTopKGroups(GroupGates):
             pairs_per_row=self.pairs_per_row,
             logit_sums=choice.logit_sums,
             load_AB=choice.load_AB,
-            threshold=clean_NB.new_zeros(()),
+            threshold=choice.weight_NK.new_zeros(()),
         )
 
 

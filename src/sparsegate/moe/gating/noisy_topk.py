@@ -56,20 +56,21 @@ class NoisyTopK(Gate):
     def forward(self, x_TD: Tensor, mask_T: Tensor | None = None, noise: Tensor | None = None) -> Routing:
         with autocast_off(x_TD.device):
             x_TD = without_padding(x_TD, mask_T).to(gate_dtype(x_TD, self.w_gate))
-            clean_TE = x_TD @ self.w_gate.to(x_TD.dtype)
-            raw_std_TE = noise_TE = None
             if self.training:
-                raw_std_TE = x_TD @ self.w_noise.to(x_TD.dtype)
-                noise_TE = torch.randn_like(clean_TE) if noise is None else noise.to(x_TD.dtype)
-            choice = choose(
-                clean_TE,
-                raw_std_TE,
-                noise_TE,
-                only_group(mask_T),
-                num_groups=1,
-                k=self.pairs_per_token,
-                noise_epsilon=self.noise_epsilon,
-            )
+                logits_TS = x_TD @ torch.cat([self.w_gate, self.w_noise], dim=1).to(x_TD.dtype)
+                if noise is None:
+                    noise = torch.randn_like(logits_TS[:, : self.num_experts])
+                choice = choose_by_noisy_logits(
+                    logits_TS,
+                    noise.to(x_TD.dtype),
+                    only_group(mask_T),
+                    num_groups=1,
+                    k=self.pairs_per_token,
+                    noise_epsilon=self.noise_epsilon,
+                )
+            else:
+                logits_TE = x_TD @ self.w_gate.to(x_TD.dtype)
+                choice = choose(logits_TE, only_group(mask_T), num_groups=1, k=self.pairs_per_token)
             return Routing.of_token_choice(
                 expert_TK=choice.expert_NK,
                 weight_TK=choice.weight_NK,
@@ -79,36 +80,32 @@ class NoisyTopK(Gate):
             )
 
 
-def choose(
-    clean_NB: Tensor,
-    raw_std_NB: Tensor | None,
-    noise_NB: Tensor | None,
+def choose_by_noisy_logits(
+    logits_NS: Tensor,
+    noise_NB: Tensor,
     group_N: Tensor | None,
     *,
     num_groups: int,
     k: int,
     noise_epsilon: float,
 ) -> Choice:
-    """Eq. 3 to 5, and 8 to 10, from x W_gate, x W_noise and the noise's draws; None: no noise.
+    """Eq. 3 to 5, and 8 to 10: the arguments are those of `noisy_choice.equations`, but k may be B as well.
 
-    group_N: as of `sum_by_group`, ascending where there are several groups.
+    group_N ascends where there are several groups.
     """
-    noisy_NB = clean_NB
-    if raw_std_NB is not None and noise_NB is not None:
-        if k < clean_NB.shape[1]:
-            with_noise = threaded_choice.noisy_choice if clean_NB.is_cpu else noisy_choice.equations
-            return with_noise(
-                clean_NB,
-                raw_std_NB,
-                noise_NB,
-                group_N,
-                num_groups=num_groups,
-                k=k,
-                noise_epsilon=noise_epsilon,
-            )
-        noisy_NB = clean_NB + noise_NB * (F.softplus(raw_std_NB) + noise_epsilon)
-    top_NK, expert_NK = noisy_NB.topk(k, dim=-1)
-    logit_sums = sums_of_logits(clean_NB, group_N, num_groups=num_groups)
+    if k < noise_NB.shape[1]:
+        kernel = threaded_choice.noisy_choice if noise_NB.is_cpu else noisy_choice.equations
+        return kernel(logits_NS, noise_NB, group_N, num_groups=num_groups, k=k, noise_epsilon=noise_epsilon)
+    clean_NB, raw_std_NB = logits_NS.chunk(2, dim=1)
+    noisy_NB = clean_NB + noise_NB * (F.softplus(raw_std_NB) + noise_epsilon)
+    choice = choose(noisy_NB, group_N, num_groups=num_groups, k=k)
+    return choice._replace(logit_sums=sums_of_logits(clean_NB, group_N, num_groups=num_groups))
+
+
+def choose(logit_NB: Tensor, group_N: Tensor | None, *, num_groups: int, k: int) -> Choice:
+    """Eq. 3 and 5 without noise: the k best of each row, and a softmax over them."""
+    top_NK, expert_NK = logit_NB.topk(k, dim=-1)
+    logit_sums = sums_of_logits(logit_NB, group_N, num_groups=num_groups)
     return Choice(expert_NK, top_NK.softmax(dim=-1), logit_sums, None)
 
 

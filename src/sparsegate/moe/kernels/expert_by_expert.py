@@ -1,9 +1,8 @@
 """Experts on the CPU, expert by expert: what the forward and the backward pass do, without autograd.
 
-An expert's rows are gathered, multiplied, activated and multiplied again while they are in the cache. Experts
-with few rows are computed side by side, one thread each; the others one after the other with all threads.
-What a token's experts return is summed in the order of its pairs, so that the result depends neither on which
-thread was first nor on chance.
+An expert's rows are gathered, multiplied, activated and multiplied again while they are in the cache. What a
+token's experts return is summed in the order of its pairs, so that the result depends neither on which thread
+was first nor on chance.
 """
 
 from collections.abc import Callable
@@ -16,12 +15,9 @@ from torch import Tensor
 from ..dispatch import Plan
 from ..precision import autocast_off
 from .activations import ACTIVATIONS
+from .groups import Group, for_each, groups_of
 from .memory import recycled_empty
 from .products import multiply, product
-from .workers import in_parallel
-
-# As many rows for each thread keep one product as fast as several products side by side.
-_ROWS_PER_THREAD = 128
 
 
 class Rows(NamedTuple):
@@ -56,8 +52,8 @@ def forward(
     kept_NS = recycled_empty(num_rows if keep else 0, w_in_EDS.shape[2], dtype=dtype)
     rows_ND = recycled_empty(num_rows, x_TD.shape[1], dtype=torch.promote_types(dtype, weight_N.dtype))
 
-    def compute(task: _Task) -> None:
-        expert, rows = task
+    def compute(group: Group) -> None:
+        expert, rows = group
         in_NS = product(x_TD.index_select(0, plan.token_N[rows]).to(dtype), w_in_EDS[expert].to(dtype))
         if keep:
             act.keep(in_NS, out=kept_NS[rows])
@@ -67,7 +63,7 @@ def forward(
         torch.mul(product(hidden_NH, w_out_EHD[expert].to(dtype)), weight_N1[rows], out=rows_ND[rows])
 
     with autocast_off(x_TD.device), torch.no_grad():
-        _for_each(compute, _tasks(plan.end_E))
+        for_each(compute, groups_of(plan.end_E))
         num_used = int(plan.end_E[-1])
         rows_ND[num_used:].zero_()
         kept_NS[num_used:].zero_()
@@ -105,8 +101,8 @@ def backward(
     grad_rows_ND = recycled_empty(*((num_rows, x_TD.shape[1]) if needs_x else (0,)), dtype=dtype)
     grad_weight_N = weight_N.new_zeros(num_rows, dtype=wide)
 
-    def compute(task: _Task) -> None:
-        expert, rows = task
+    def compute(group: Group) -> None:
+        expert, rows = group
         token, w_in_DS, w_out_HD = plan.token_N[rows], w_in_EDS[expert].to(dtype), w_out_EHD[expert].to(dtype)
         input_ND = x_TD.index_select(0, token).to(dtype)
         if len(kept_NS):
@@ -124,51 +120,12 @@ def backward(
             take(expert, Rows(input_ND, grad_NS, hidden_NH, grad_ND.mul_(weight_N1[rows])))
 
     with autocast_off(x_TD.device), torch.no_grad():
-        _for_each(compute, _tasks(plan.end_E))
+        for_each(compute, groups_of(plan.end_E))
         grad_x_TD = grad_rows_ND
         if needs_x:
             grad_rows_ND[int(plan.end_E[-1]) :].zero_()
             grad_x_TD = _sum_of_pairs(grad_rows_ND, plan)
         return grad_x_TD.to(x_TD.dtype), grad_weight_N[plan.row_N].to(weight_N.dtype)
-
-
-def without_rows(end_E: Tensor) -> list[int]:
-    """The experts that have none."""
-    return end_E.diff(prepend=end_E.new_zeros(1)).eq(0).nonzero().squeeze(1).tolist()
-
-
-class _Task(NamedTuple):
-    """One expert and its rows."""
-
-    expert: int
-    rows: slice
-
-
-def _tasks(end_E: Tensor) -> list[_Task]:
-    """One for each expert that has rows, the heaviest first, so that no thread begins it last."""
-    count_E = end_E.diff(prepend=end_E.new_zeros(1))
-    used = count_E.nonzero().squeeze(1)
-    used = used[count_E[used].argsort(descending=True, stable=True)]
-    return [
-        _Task(expert, slice(end - count, end))
-        for expert, end, count in zip(
-            used.tolist(), end_E[used].tolist(), count_E[used].tolist(), strict=True
-        )
-    ]
-
-
-def _for_each(compute: Callable[[_Task], None], tasks: list[_Task]) -> None:
-    num_threads = torch.get_num_threads()
-    num_rows = sum(task.rows.stop - task.rows.start for task in tasks)
-    # An expert that has more than a thread's fair share would keep the others waiting.
-    alone = min(_ROWS_PER_THREAD * num_threads, num_rows // num_threads + 1)
-    few: list[int] = []
-    for index, task in enumerate(tasks):
-        if task.rows.stop - task.rows.start >= alone:
-            compute(task)
-        else:
-            few.append(index)
-    in_parallel(lambda index: compute(tasks[index]), few)
 
 
 def _sum_of_pairs(rows_ND: Tensor, plan: Plan) -> Tensor:

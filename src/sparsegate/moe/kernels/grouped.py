@@ -2,16 +2,18 @@
 
 `F.grouped_mm` cannot be called directly: its fake kernel refuses all but bfloat16 on torch 2.11 to 2.13, it
 has no float64, and its backward fails on expanded gradients. Here each expert's rows go through one `mm` into
-place, which on CPU is also the faster of the two.
+place, which on a CPU is also the faster of the two.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..precision import as_autocast
+from .groups import Group, for_each, groups_of, without_rows
+from .memory import recycled_empty
 
 
 def grouped_product(rows_ND: Tensor, weight_EDH: Tensor, end_E: Tensor) -> Tensor:
@@ -23,35 +25,44 @@ def grouped_product(rows_ND: Tensor, weight_EDH: Tensor, end_E: Tensor) -> Tenso
     return _product(as_autocast(rows_ND), as_autocast(weight_EDH), end_E)
 
 
-def _groups(end_E: Tensor) -> Iterator[tuple[int, int, int]]:
-    """Expert, first row and end of each group; on a GPU this waits for the counts."""
-    start = 0
-    for expert, end in enumerate(end_E.tolist()):
-        yield expert, start, end
-        start = end
-
-
 @torch.library.custom_op("sparsegate::grouped_product", mutates_args=())
 def _product(rows_ND: Tensor, weight_EDH: Tensor, end_E: Tensor) -> Tensor:
-    out_NH = rows_ND.new_empty(rows_ND.shape[0], weight_EDH.shape[2])
-    used = 0
-    for expert, start, used in _groups(end_E):
-        if used > start:
-            torch.mm(rows_ND[start:used], weight_EDH[expert], out=out_NH[start:used])
-    out_NH[used:].zero_()
+    out_NH = _empty(rows_ND, rows_ND.shape[0], weight_EDH.shape[2])
+
+    def compute(group: Group) -> None:
+        torch.mm(rows_ND[group.rows], weight_EDH[group.expert], out=out_NH[group.rows])
+
+    _for_each(compute, rows_ND, end_E)
+    out_NH[int(end_E[-1]) :].zero_()
     return out_NH
 
 
 @torch.library.custom_op("sparsegate::grouped_outer", mutates_args=())
 def _outer(left_ND: Tensor, right_NH: Tensor, end_E: Tensor) -> Tensor:
     """Products over each expert's rows, the gradient of a weight: left[rows of e]^T @ right[rows of e]."""
-    out_EDH = left_ND.new_empty(end_E.shape[0], left_ND.shape[1], right_NH.shape[1])
-    for expert, start, end in _groups(end_E):
-        if end > start:
-            torch.mm(left_ND[start:end].T, right_NH[start:end], out=out_EDH[expert])
-        else:
-            out_EDH[expert].zero_()
+    out_EDH = _empty(left_ND, end_E.shape[0], left_ND.shape[1], right_NH.shape[1])
+
+    def compute(group: Group) -> None:
+        torch.mm(left_ND[group.rows].T, right_NH[group.rows], out=out_EDH[group.expert])
+
+    _for_each(compute, left_ND, end_E)
+    for expert in without_rows(end_E):
+        out_EDH[expert].zero_()
     return out_EDH
+
+
+def _empty(like: Tensor, *shape: int) -> Tensor:
+    return recycled_empty(*shape, dtype=like.dtype) if like.is_cpu else like.new_empty(shape)
+
+
+def _for_each(compute: Callable[[Group], None], rows_ND: Tensor, end_E: Tensor) -> None:
+    """On a CPU with all threads; on a GPU one product after the other, which waits for the counts."""
+    groups = groups_of(end_E)
+    if rows_ND.is_cpu:
+        for_each(compute, groups)
+    else:
+        for group in groups:
+            compute(group)
 
 
 @_product.register_fake

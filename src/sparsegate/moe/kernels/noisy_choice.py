@@ -29,8 +29,7 @@ class Choice(NamedTuple):
 
 
 def equations(
-    clean_NB: Tensor,
-    raw_std_NB: Tensor,
+    logits_NS: Tensor,
     noise_NB: Tensor,
     group_N: Tensor | None,
     *,
@@ -38,12 +37,13 @@ def equations(
     k: int,
     noise_epsilon: float,
 ) -> Choice:
-    """Choose k < B experts for each row by clean + noise * (softplus(raw_std) + noise_epsilon).
+    """Choose k < B experts for each row by clean + noise * (softplus(x W_noise) + noise_epsilon).
 
-    clean_NB: x W_gate. raw_std_NB: x W_noise. noise_NB: standard normal. group_N: int64, the group of each
-    row, num_groups for rows that are in no sum and whose choice means nothing; None where there is one group
-    and every row is in it.
+    logits_NS: x W_gate, the clean logits, and beside them x W_noise. noise_NB: standard normal. group_N:
+    int64, the group of each row, num_groups for rows that are in no sum and whose choice means nothing; None
+    where there is one group and every row is in it.
     """
+    clean_NB, raw_std_NB = logits_NS.chunk(2, dim=1)
     std_NB = F.softplus(raw_std_NB) + noise_epsilon
     # One value more than is kept: the load estimate needs the best value that is left out.
     top_NK1, expert_NK1 = (clean_NB + noise_NB * std_NB).topk(k + 1, dim=-1)

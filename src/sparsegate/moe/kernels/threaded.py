@@ -12,6 +12,7 @@ from . import expert_by_expert, unfused
 from .activations import ActivationName
 from .expert_by_expert import Rows
 from .grouped import grouped_product
+from .groups import without_rows
 from .memory import recycled_empty
 from .sink import GradientSink, sunk_feed_forward
 
@@ -132,7 +133,7 @@ def _backward(
         take=write if needs_weights else None,
     )
     if needs_weights:
-        for expert in expert_by_expert.without_rows(end_E):
+        for expert in without_rows(end_E):
             grad_in_EDS[expert].zero_()
             grad_out_EHD[expert].zero_()
     return grad_x_TD, grad_in_EDS, grad_out_EHD, grad_weight_N

@@ -18,13 +18,12 @@ from .noisy_choice import SMALLEST_STD, Choice, equations
 from .workers import in_parallel
 
 # What a temporary has at most, so that several fit into a core's caches; but for very many experts.
-_NUMBERS_PER_TASK = 1 << 17
+_NUMBERS_PER_TASK = 1 << 18
 _FEWEST_ROWS_PER_TASK = 16
 
 
 def noisy_choice(
-    clean_NB: Tensor,
-    raw_std_NB: Tensor,
+    logits_NS: Tensor,
     noise_NB: Tensor,
     group_N: Tensor | None,
     *,
@@ -34,7 +33,7 @@ def noisy_choice(
 ) -> Choice:
     """The arguments are those of `equations`; with several groups, group_N ascends."""
     weight_NK, load_AB, probability_AB, z, expert_NK1 = _forward(
-        clean_NB, raw_std_NB, noise_NB, group_N, num_groups, k, noise_epsilon
+        logits_NS, noise_NB, group_N, num_groups, k, noise_epsilon
     )
     return Choice(expert_NK1[:, :k], weight_NK, LogitSums(probability_AB, z), load_AB)
 
@@ -73,8 +72,7 @@ class _Rows(NamedTuple):
 
 @torch.library.custom_op("sparsegate::noisy_choice", mutates_args=())
 def _forward(
-    clean_NB: Tensor,
-    raw_std_NB: Tensor,
+    logits_NS: Tensor,
     noise_NB: Tensor,
     group_N: Tensor | None,
     num_groups: int,
@@ -82,16 +80,16 @@ def _forward(
     noise_epsilon: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the weights of k experts for each row, the three sums, and the k + 1 best experts."""
-    num_rows, num_experts = clean_NB.shape
+    num_rows, num_experts = noise_NB.shape
     tasks = _tasks(num_rows, num_experts, group_N, num_groups)
     expert_NK1 = torch.empty(num_rows, k + 1, dtype=torch.int64)
-    weight_NK = clean_NB.new_empty(num_rows, k)
-    load_SB = clean_NB.new_zeros(len(tasks), num_experts)
-    probability_SB, z_S = torch.zeros_like(load_SB), clean_NB.new_zeros(len(tasks))
+    weight_NK = logits_NS.new_empty(num_rows, k)
+    load_SB = logits_NS.new_zeros(len(tasks), num_experts)
+    probability_SB, z_S = torch.zeros_like(load_SB), logits_NS.new_zeros(len(tasks))
 
     def compute(index: int) -> None:
         group, rows = tasks[index]
-        some = _some_rows(rows, clean_NB, raw_std_NB, noise_NB, group_N, num_groups, noise_epsilon)
+        some = _some_rows(rows, logits_NS, noise_NB, group_N, num_groups, noise_epsilon)
         top_NK1, chosen_NK1 = (some.clean_NB + some.noise_NB * some.std_NB).topk(k + 1, dim=-1)
         expert_NK1[rows] = chosen_NK1
         torch.softmax(top_NK1[:, :k], dim=-1, out=weight_NK[rows])
@@ -105,7 +103,7 @@ def _forward(
 
     in_parallel(compute, range(len(tasks)))
     group_S = torch.tensor([task.group for task in tasks], dtype=torch.int64)
-    bins = clean_NB.new_zeros(num_groups + 1, num_experts)
+    bins = logits_NS.new_zeros(num_groups + 1, num_experts)
     load_AB, probability_AB = (
         bins.index_add(0, group_S, sums)[:-1].clone() for sums in (load_SB, probability_SB)
     )
@@ -118,8 +116,7 @@ def _backward(
     grad_load_AB: Tensor | None,
     grad_probability_AB: Tensor | None,
     grad_z: Tensor | None,
-    clean_NB: Tensor,
-    raw_std_NB: Tensor,
+    logits_NS: Tensor,
     noise_NB: Tensor,
     group_N: Tensor | None,
     expert_NK1: Tensor,
@@ -127,19 +124,18 @@ def _backward(
     num_groups: int,
     noise_epsilon: float,
     needs_noise: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of clean_NB, raw_std_NB, and of noise_NB, which is empty if not needed."""
-    num_rows, num_experts = clean_NB.shape
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of logits_NS, and of noise_NB, which is empty if not needed."""
+    num_rows, num_experts = noise_NB.shape
     tasks = _tasks(num_rows, num_experts, group_N, num_groups)
-    grad_clean_NB = recycled_empty(num_rows, num_experts, dtype=clean_NB.dtype)
-    grad_raw_NB = recycled_empty(num_rows, num_experts, dtype=clean_NB.dtype)
-    grad_noise_NB = clean_NB.new_zeros(num_rows if needs_noise else 0, num_experts)
+    grad_logits_NS = recycled_empty(num_rows, 2 * num_experts, dtype=logits_NS.dtype)
+    grad_noise_NB = noise_NB.new_zeros(num_rows if needs_noise else 0, num_experts)
 
     def compute(index: int) -> None:
         group, rows = tasks[index]
-        some = _some_rows(rows, clean_NB, raw_std_NB, noise_NB, group_N, num_groups, noise_epsilon)
+        some = _some_rows(rows, logits_NS, noise_NB, group_N, num_groups, noise_epsilon)
         top_expert_NK1 = expert_NK1[rows]
-        grad_NB, grad_std_NB = grad_clean_NB[rows].zero_(), torch.zeros_like(some.std_NB)
+        grad_NB, grad_std_NB = torch.zeros_like(some.std_NB), torch.zeros_like(some.std_NB)
         grad_top_NK1 = _of_weights(None if grad_weight_NK is None else grad_weight_NK[rows], weight_NK[rows])
         if group < num_groups:
             if grad_load_AB is not None:
@@ -151,12 +147,13 @@ def _backward(
         noise_NK1, std_NK1 = (of_NB.gather(1, top_expert_NK1) for of_NB in (some.noise_NB, some.std_NB))
         grad_NB.scatter_add_(1, top_expert_NK1, grad_top_NK1)
         grad_std_NB.scatter_add_(1, top_expert_NK1, grad_top_NK1 * noise_NK1)
-        grad_raw_NB[rows] = torch.ops.aten.softplus_backward(grad_std_NB, some.raw_std_NB, 1, 20)
+        grad_raw_NB = torch.ops.aten.softplus_backward(grad_std_NB, some.raw_std_NB, 1, 20)
+        torch.cat([grad_NB, grad_raw_NB], dim=1, out=grad_logits_NS[rows])
         if needs_noise:
             grad_noise_NB[rows].scatter_(1, top_expert_NK1, grad_top_NK1 * std_NK1)
 
     in_parallel(compute, range(len(tasks)))
-    return grad_clean_NB, grad_raw_NB, grad_noise_NB
+    return grad_logits_NS, grad_noise_NB
 
 
 def _of_weights(grad_NK: Tensor | None, weight_NK: Tensor) -> Tensor:
@@ -203,19 +200,19 @@ def _add_of_z(some: _Rows, grad_z: Tensor, grad_NB: Tensor) -> None:
 
 def _some_rows(
     rows: slice,
-    clean_NB: Tensor,
-    raw_std_NB: Tensor,
+    logits_NS: Tensor,
     noise_NB: Tensor,
     group_N: Tensor | None,
     num_groups: int,
     noise_epsilon: float,
 ) -> _Rows:
-    raw_NB = raw_std_NB[rows]
+    # Contiguous, or every operator would take the short rows one by one.
+    clean_NB, raw_std_NB = (half.contiguous() for half in logits_NS[rows].chunk(2, dim=1))
     return _Rows(
-        clean_NB=clean_NB[rows],
-        raw_std_NB=raw_NB,
+        clean_NB=clean_NB,
+        raw_std_NB=raw_std_NB,
         noise_NB=noise_NB[rows],
-        std_NB=F.softplus(raw_NB).add_(noise_epsilon),
+        std_NB=F.softplus(raw_std_NB).add_(noise_epsilon),
         # The rows of one of several groups are used, all of them.
         is_used_N1=None if group_N is None or num_groups > 1 else (group_N[rows] == 0)[:, None],
     )
@@ -236,21 +233,20 @@ def _tasks(num_rows: int, num_experts: int, group_N: Tensor | None, num_groups: 
 
 @_forward.register_fake
 def _(
-    clean_NB: Tensor,
-    raw_std_NB: Tensor,
+    logits_NS: Tensor,
     noise_NB: Tensor,
     group_N: Tensor | None,
     num_groups: int,
     k: int,
     noise_epsilon: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    num_rows, num_experts = clean_NB.shape
+    num_rows, num_experts = noise_NB.shape
     return (
-        clean_NB.new_empty(num_rows, k),
-        clean_NB.new_empty(num_groups, num_experts),
-        clean_NB.new_empty(num_groups, num_experts),
-        clean_NB.new_empty(()),
-        clean_NB.new_empty(num_rows, k + 1, dtype=torch.int64),
+        logits_NS.new_empty(num_rows, k),
+        logits_NS.new_empty(num_groups, num_experts),
+        logits_NS.new_empty(num_groups, num_experts),
+        logits_NS.new_empty(()),
+        logits_NS.new_empty(num_rows, k + 1, dtype=torch.int64),
     )
 
 
@@ -260,8 +256,7 @@ def _(
     grad_load_AB: Tensor | None,
     grad_probability_AB: Tensor | None,
     grad_z: Tensor | None,
-    clean_NB: Tensor,
-    raw_std_NB: Tensor,
+    logits_NS: Tensor,
     noise_NB: Tensor,
     group_N: Tensor | None,
     expert_NK1: Tensor,
@@ -269,44 +264,41 @@ def _(
     num_groups: int,
     noise_epsilon: float,
     needs_noise: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    num_rows, num_experts = clean_NB.shape
+) -> tuple[Tensor, Tensor]:
+    num_rows, num_experts = noise_NB.shape
     return (
-        clean_NB.new_empty(num_rows, num_experts),
-        clean_NB.new_empty(num_rows, num_experts),
-        clean_NB.new_empty(num_rows if needs_noise else 0, num_experts),
+        logits_NS.new_empty(num_rows, 2 * num_experts),
+        noise_NB.new_empty(num_rows if needs_noise else 0, num_experts),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    clean_NB, raw_std_NB, noise_NB, group_N, ctx.num_groups, ctx.k, ctx.noise_epsilon = inputs
-    ctx.save_for_backward(clean_NB, raw_std_NB, noise_NB, group_N, output[0], output[4])
+    logits_NS, noise_NB, group_N, ctx.num_groups, ctx.k, ctx.noise_epsilon = inputs
+    ctx.save_for_backward(logits_NS, noise_NB, group_N, output[0], output[4])
     ctx.mark_non_differentiable(output[4])
     ctx.set_materialize_grads(False)
 
 
 def _autograd_backward(ctx: Any, *all_grads: Tensor | None) -> tuple[Tensor | None, ...]:
     *grads, _ = all_grads
-    clean_NB, raw_std_NB, noise_NB, group_N, weight_NK, expert_NK1 = ctx.saved_tensors
-    needs, rest = ctx.needs_input_grad[:3], (None,) * 4
+    logits_NS, noise_NB, group_N, weight_NK, expert_NK1 = ctx.saved_tensors
+    needs, rest = ctx.needs_input_grad[:2], (None,) * 4
     if not torch.is_grad_enabled():
         found = _backward(
             *grads,
-            clean_NB,
-            raw_std_NB,
+            logits_NS,
             noise_NB,
             group_N,
             expert_NK1,
             weight_NK,
             ctx.num_groups,
             ctx.noise_epsilon,
-            needs[2],
+            needs[1],
         )
         return *(grad if needed else None for grad, needed in zip(found, needs, strict=True)), *rest
     # Derivatives of this backward are wanted: by operators that have them.
     choice = equations(
-        clean_NB,
-        raw_std_NB,
+        logits_NS,
         noise_NB,
         group_N,
         num_groups=ctx.num_groups,
@@ -319,9 +311,7 @@ def _autograd_backward(ctx: Any, *all_grads: Tensor | None) -> tuple[Tensor | No
         for value, grad in zip(values, grads, strict=True)
         if value is not None and grad is not None
     ]
-    wanted = [
-        tensor for tensor, needed in zip((clean_NB, raw_std_NB, noise_NB), needs, strict=True) if needed
-    ]
+    wanted = [tensor for tensor, needed in zip((logits_NS, noise_NB), needs, strict=True) if needed]
     found = iter(
         torch.autograd.grad(
             [value for value, _ in outputs],
