@@ -149,8 +149,8 @@ def report(folder: Path, study: Study, console: Console | None) -> None:
             f"`sparsegate study --out {folder} --report` draws them"
         )
     if console is not None:
-        console.print(table(rows) if rows else "nothing has been measured yet", markup=False)
-        console.print(said, markup=False)
+        print(table(rows) if rows else "nothing has been measured yet")
+        console.print(said, markup=False, soft_wrap=True)
 
 
 def title(study: Study) -> str:

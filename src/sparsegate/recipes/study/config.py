@@ -7,7 +7,7 @@ results.json, results.md, figures
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -48,9 +48,10 @@ class Study:
         require(bool(self.models), "models", "none", "at least one")
         for name in ("models", "other_costs", "seeds", "words", "learning_rates"):
             _require_different(name.replace("_", "-"), getattr(self, name))
-        require(all(words > 0 for words in self.words), "words", _shown(self.words), "above 0")
+        require(min(self.words) > 0, "words", _shown(self.words), "above 0")
         require(list(self.words) == sorted(self.words), "words", _shown(self.words), "ascending")
-        require(all(rate > 0 for rate in self.learning_rates), "learning-rates", "one of them", "above 0")
+        require(min(self.seeds) >= 0, "seeds", _shown(self.seeds), "at least 0")
+        require(min(self.learning_rates) > 0, "learning-rates", _shown(self.learning_rates), "above 0")
         require(self.search_words > 0, "search-words", self.search_words, "above 0")
         both = sorted({*self.models} & {*self.other_costs})
         require(not both, "other-costs", ", ".join(both), "other models than those of --models")
@@ -138,13 +139,20 @@ def _other_version(path: Path, made: str, here: str) -> str:
 def _require_same(path: Path, study: Study) -> list[Json]:
     saved, commands = _read(path)
     before, now = to_json(saved), to_json(study)
-    for name in (f.name for f in fields(Study)):
-        if name not in _MAY_CHANGE and before[name] != now[name]:
-            raise ValueError(
-                f"{name.replace('_', '-')} ({_plain(now[name])}) is {_plain(before[name])} in {path}; "
-                "give the same, or another --out"
-            )
+    for name in (name for name in now if name not in _MAY_CHANGE):
+        _require_equal(name, before[name], now[name], path)
     return commands
+
+
+def _require_equal(name: str, before: Json, now: Json, path: Path) -> None:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in now:
+            _require_equal(f"{name}.{key}", before.get(key), now[key], path)
+    elif before != now:
+        raise ValueError(
+            f"{name.replace('_', '-')} ({_plain(now)}) is {_plain(before)} in {path}; "
+            "give the same, or another --out"
+        )
 
 
 def _require_different(name: str, values: Sequence[object]) -> None:

@@ -100,9 +100,13 @@ def read_measured(run: Path) -> dict[int, Measured]:
     if not path.is_file():
         return {}
     content = read_json(path)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: damaged; remove it, and the run is measured again")
-    return dict(sorted((int(words), from_json(Measured, value)) for words, value in content.items()))
+    try:
+        if not isinstance(content, dict):
+            raise ValueError("does not hold measurements")
+        measured = {int(words): from_json(Measured, value) for words, value in content.items()}
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged: {error}; remove the run's folder, and it begins anew") from None
+    return dict(sorted(measured.items()))
 
 
 def write_measured(run: Path, measured: dict[int, Measured]) -> None:

@@ -1,12 +1,12 @@
 """The pictures of a study: figures 2 and 3 of the paper. They need matplotlib, of the extra `plots`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from ...benchmarking.plot import FAINT, GRID, INK, OURS, STYLE, spread
 from .results import Kind, Row
@@ -14,7 +14,8 @@ from .results import Kind, Row
 COLORS: dict[Kind, str] = {"dense": INK, "flat mixture": "#2563eb", "hierarchical mixture": OURS}
 MARKERS: dict[Kind, str] = {"dense": "s", "flat mixture": "o", "hierarchical mixture": "o"}
 _LABEL_GAP = 0.05  # of the height of a panel
-_MARGIN = 0.09
+_LEAST_RANGE = 8.0  # of the horizontal axis, from end to end
+_LOGARITHMIC = 2.5
 
 
 def draw(rows: Sequence[Row], *, title: str, folder: Path) -> list[Path]:
@@ -27,6 +28,8 @@ def draw(rows: Sequence[Row], *, title: str, folder: Path) -> list[Path]:
         left, right = figure.subplots(1, 2, sharey=True)
         _against_parameters(left, [[row for row in last if row.equal_cost]])
         _against_computation(right, last)
+        _name(left, [row for row in last if row.equal_cost], _parameters)
+        _name(right, last, _computation)
         _frame(figure, left, title, f"after {_millions(last[0].words)} words", last)
         figure2 = _save(figure, folder / "figure2")
         figure = Figure(figsize=(7.5, 5.4), layout="constrained")
@@ -40,44 +43,42 @@ def draw(rows: Sequence[Row], *, title: str, folder: Path) -> list[Path]:
 
 def _against_parameters(axes: Axes, series: Sequence[Sequence[Row]]) -> None:
     """Figure 2 left with one series, figure 3 with several: each is joined by a line."""
-    axes.set_xscale("log")
-    axes.set_yscale("log")
     for rows in series:
-        xs = [row.parameters_without_embedding_and_softmax / 1e6 for row in rows]
-        mixtures = [(x, row.perplexity) for x, row in zip(xs, rows, strict=True) if row.kind != "dense"]
+        mixtures = [(_parameters(row), row.perplexity) for row in rows if row.kind != "dense"]
         if mixtures:
             axes.plot(*zip(*mixtures, strict=True), color=FAINT, lw=1.4, zorder=1)
-        for x, row in zip(xs, rows, strict=True):
-            _point(axes, x, row)
+        for row in rows:
+            _point(axes, _parameters(row), row)
     _scale(axes, "parameters (millions), without embedding and softmax")
-    if len(series) == 1:
-        _name(axes, series[0], [row.parameters_without_embedding_and_softmax / 1e6 for row in series[0]])
-        return
-    for rows in filter(None, series):
-        last = rows[-1]
-        _note(
-            axes, f"{_millions(last.words)} words", last.parameters_without_embedding_and_softmax / 1e6, last
-        )
+    if len(series) > 1:
+        for row in (rows[-1] for rows in series if rows):
+            _note(axes, f"{_millions(row.words)} words", _parameters(row), row)
 
 
 def _against_computation(axes: Axes, rows: Sequence[Row]) -> None:
     """Figure 2 right: dense models joined by a line, and the largest mixtures of each cost by another."""
-    axes.set_xscale("log")
     best: dict[tuple[bool, int], Row] = {}
     for row in rows:
         key = (row.kind == "dense", round(row.ops_per_timestep / 1e5))
         if key not in best or row.perplexity < best[key].perplexity:
             best[key] = row
     for is_dense in (True, False):
-        line = sorted(
-            (row.ops_per_timestep / 1e6, row.perplexity) for key, row in best.items() if key[0] == is_dense
-        )
+        line = sorted((_computation(row), row.perplexity) for key, row in best.items() if key[0] == is_dense)
         if line:
             axes.plot(*zip(*line, strict=True), color=FAINT, lw=1.4, zorder=1)
     for row in rows:
-        _point(axes, row.ops_per_timestep / 1e6, row)
+        _point(axes, _computation(row), row)
     _scale(axes, "computation (million multiply-adds for each word, without softmax)")
-    _name(axes, rows, [row.ops_per_timestep / 1e6 for row in rows])
+
+
+def _parameters(row: Row) -> float:
+    """In millions."""
+    return row.parameters_without_embedding_and_softmax / 1e6
+
+
+def _computation(row: Row) -> float:
+    """In millions."""
+    return row.ops_per_timestep / 1e6
 
 
 def _point(axes: Axes, x: float, row: Row) -> None:
@@ -87,23 +88,35 @@ def _point(axes: Axes, x: float, row: Row) -> None:
 
 
 def _scale(axes: Axes, label: str) -> None:
-    plain = FuncFormatter(lambda value, _: f"{value:,.4g}")
-    axes.xaxis.set_major_formatter(plain)
+    """Logarithmic from left to right; upwards as well where perplexities are several times as large."""
+    axes.margins(y=0.09)
+    axes.autoscale_view()
+    left, right = axes.dataLim.intervalx
+    bottom, top = axes.dataLim.intervaly
+    room = max(right / left, _LEAST_RANGE) ** 0.16
+    axes.set_xscale("log")
+    axes.set_xlim(left / room, right * room)
+    if top > _LOGARITHMIC * bottom:
+        axes.set_yscale("log")
+        axes.set_ylim(bottom / 1.1, top * 1.1)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.yaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(plain)
-    axes.yaxis.set_minor_formatter(plain)
-    axes.margins(x=0.12, y=_MARGIN)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axes.set_xlabel(label, color=INK)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
     axes.tick_params(colors=INK, which="both")
-    axes.grid(axis="y", color=GRID, zorder=0, which="both")
+    axes.grid(axis="y", color=GRID, zorder=0, which="major")
     axes.set_axisbelow(True)
 
 
-def _name(axes: Axes, rows: Sequence[Row], xs: Sequence[float]) -> None:
-    """Each model's name beside its point, those of about one place moved apart."""
-    places = [axes.transAxes.inverted().transform(axes.transData.transform(p)) for p in _points(rows, xs)]
+def _name(axes: Axes, rows: Sequence[Row], x_of: Callable[[Row], float]) -> None:
+    """Each model's name beside its point, those of about one place moved apart; the axes stay as they are."""
+    points = [axes.transData.transform((x_of(row), row.perplexity)) for row in rows]
+    places = [axes.transAxes.inverted().transform(point) for point in points]
     columns: dict[int, list[int]] = {}
     for index, place in enumerate(places):
         columns.setdefault(round(place[0] * 12), []).append(index)
@@ -122,10 +135,6 @@ def _name(axes: Axes, rows: Sequence[Row], xs: Sequence[float]) -> None:
                 color=COLORS[rows[index].kind],
                 annotation_clip=False,
             )
-
-
-def _points(rows: Sequence[Row], xs: Sequence[float]) -> list[tuple[float, float]]:
-    return [(x, row.perplexity) for x, row in zip(xs, rows, strict=True)]
 
 
 def _note(axes: Axes, text: str, x: float, row: Row) -> None:
