@@ -21,6 +21,7 @@ _FUNCTIONS: tuple[Callable[[], RunConfig], ...] = (
     paper.four_lstm_512,
     paper.lstm_2048_512,
     paper.lstm_1024_512,
+    paper.lstm_512_512,
     paper.two_lstm_8192_1024,
     news.news_4xlstm_512,
     news.news_moe_32,
