@@ -5,7 +5,7 @@ import pytest
 
 from sparsegate.data import Dataset, prepare
 from sparsegate.data.normalization import PLAIN
-from sparsegate.evaluation.text import PARTS, part_of
+from sparsegate.evaluation.text import PARTS, part_of, pieces_of
 
 LINES = ["Größe counts.", "a b c d", "it's", "the end ... of it", "x", "no, not yet!", "last one"]
 KINDS = {"words": None, "characters": None, "bytes": None, "subwords": 300}
@@ -82,3 +82,17 @@ def test_a_part_that_does_not_exist_is_refused(tmp_path: Path):
         part_of(split, dataset.vocabulary, "third")
     with pytest.raises(ValueError, match=r"test.tokens: too few sentences"):
         part_of(split, dataset.vocabulary, "second-half")
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 7, 50])
+def test_pieces_are_whole_sentences_and_together_the_split(tmp_path: Path, number: int):
+    split = dataset_of(tmp_path / "d", "bytes", LINES * 3).split("test")
+    pieces = pieces_of(split, number)
+    assert 1 <= len(pieces) <= number
+    assert np.array_equal(np.concatenate([piece.token_N for piece in pieces]), split.token_N)
+    for piece in pieces:
+        ends = [index + 1 for index, token in enumerate(piece.token_N) if token == piece.end_id]
+        assert list(piece.sentence_end_N) == ends
+        assert ends[-1] == len(piece.token_N)
+        longest = int(np.diff(split.sentence_end_N.astype(np.int64), prepend=0).max())
+        assert len(piece.token_N) <= split.num_tokens / number + longest

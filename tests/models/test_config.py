@@ -39,8 +39,8 @@ from tests.helpers.model_cases import CONFIGS
         ),
         (
             "recurrent",
-            {"lstm_projection": 6},
-            r"model.lstm-projection \(6\) must be .* model.lstm-units \(6\).*",
+            {"lstm_projection": 7},
+            r"model.lstm-projection \(7\) must be .* model.lstm-units \(6\).*",
         ),
         ("projected", {"lstm_projection": -6}, r"model.lstm-projection \(-6\) must be at least 0 .*"),
         ("mixture", {"k": 6}, r"model.k \(6\) must be between 1 and model.num-experts \(5\)"),

@@ -41,6 +41,25 @@ def test_biases_are_no_multiply_adds(projection, bias):
     assert layer.ops_per_token() == 4 * (WIDTH + (projection or units)) * units + units * projection
 
 
+def test_a_projection_as_wide_as_the_units_computes_what_a_projected_lstm_does():
+    """Sak's recurrence by hand: what feeds the next step is the projection of the units."""
+    layer = Recurrent(width=WIDTH, units=WIDTH, projection=WIDTH, bias=False, dtype=torch.float64)
+    x_BSD = some_input()
+    p, w_r = layer.project.weight, torch.randn(4 * WIDTH, WIDTH, dtype=torch.float64)
+    with torch.no_grad():
+        layer.lstm.weight_hh_l0.copy_(w_r @ p)
+    r_BD, c_BD = torch.zeros_like(x_BSD[:, 0]), torch.zeros_like(x_BSD[:, 0])
+    outputs = []
+    for x_BD in x_BSD.unbind(1):
+        i, f, g, o = (x_BD @ layer.lstm.weight_ih_l0.T + r_BD @ w_r.T).chunk(4, dim=1)
+        c_BD = f.sigmoid() * c_BD + i.sigmoid() * g.tanh()
+        r_BD = (o.sigmoid() * c_BD.tanh()) @ p.T
+        outputs.append(r_BD)
+    assert_close(layer(x_BSD, None, None, None).y_BSD, torch.stack(outputs, dim=1))
+    assert layer.ops_per_token() == sum(w.numel() for w in layer.parameters()) == 4 * 2 * WIDTH**2 + WIDTH**2
+    assert all(weight.abs().max() <= WIDTH**-0.5 for weight in layer.project.parameters())
+
+
 def test_forget_gates_start_open_and_all_other_biases_at_zero():
     cell = a_recurrent(projection=0, bias=True).lstm
     total = cell.bias_ih_l0 + cell.bias_hh_l0

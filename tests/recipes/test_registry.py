@@ -44,7 +44,7 @@ def test_the_papers_runs_are_as_the_paper_says(name: str):
 
 def test_the_small_models_cost_the_same_as_each_other():
     ops = {
-        name: plan(recipe(name).model).ops_per_timestep for name in RECIPES if name.startswith("small-moe-1")
+        name: plan(recipe(name).model).ops_per_timestep for name in RECIPES if name.startswith("small-moe-1-")
     }
     ops["small-4xlstm"] = plan(recipe("small-4xlstm").model).ops_per_timestep
     assert len(set(ops.values())) == 1, ops

@@ -24,6 +24,7 @@ VERBS = {
     "conform": "Try the paper's laws on a mixture-of-experts layer of any origin.",
     "bench": "Time the layer against a dense one, its peers and the machine.",
     "doctor": "Tell what is here, and which kernel would compute the experts.",
+    "study": "Train a ladder of models at equal multiply-adds, and draw their perplexities.",
     "search": "Try learning rates and dropouts, and keep the best.",
     "quickstart": "Train a small mixture and the dense model of equal cost, and compare them.",
 }

@@ -1,7 +1,8 @@
-"""What is measured on: a split of a dataset, or one half of it.
+"""What is measured on: a split of a dataset, one half of it, or pieces of it.
 
-Hyper-parameters chosen on one half and reported on the other need halves. A split is cut at the end of the
-sentence in which its middle token stands, so both halves are whole sentences, and are together the split.
+Hyper-parameters chosen on one half and reported on the other need halves; pieces tell how sure a figure is. A
+split is cut at the end of the sentence in which its middle token stands, so both halves are whole sentences,
+and are together the split.
 """
 
 from collections.abc import Iterator
@@ -41,8 +42,8 @@ class Text(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Half:
-    """A `Text` that is half of a split."""
+class Stretch:
+    """A `Text` that is a part of a split."""
 
     end_id: int
     token_N: npt.NDArray[Any]
@@ -74,13 +75,38 @@ def part_of(token_file: TokenFile, vocabulary: Vocabulary, part: Part) -> Text:
         raise ValueError(f"{token_file.tokens_path}: too few sentences to have a {part}; evaluate all of it")
     token_N = token_file.token_N[offset : offset + chosen_N[-1]]
     num_words, num_bytes = _count(token_file, vocabulary, token_N, chosen_N)
-    return Half(
+    return Stretch(
         end_id=token_file.end_id,
         token_N=token_N,
         sentence_end_N=chosen_N,
         num_words=num_words,
         num_bytes=num_bytes,
     )
+
+
+def pieces_of(token_file: TokenFile, number: int) -> list[Text]:
+    """A split in at most so many pieces of about equal numbers of tokens, each of whole sentences.
+
+    Together they are the split. Their words and bytes are not counted.
+    """
+    end_N = token_file.sentence_end_N.astype(np.int64)
+    targets = np.arange(1, number) * token_file.num_tokens // number
+    last_N = np.unique(np.append(np.searchsorted(end_N, targets), len(end_N) - 1))
+    pieces: list[Text] = []
+    first, start = 0, 0
+    for last in last_N:
+        stop = int(end_N[last])
+        pieces.append(
+            Stretch(
+                end_id=token_file.end_id,
+                token_N=token_file.token_N[start:stop],
+                sentence_end_N=end_N[first : last + 1] - start,
+                num_words=None,
+                num_bytes=None,
+            )
+        )
+        first, start = int(last) + 1, stop
+    return pieces
 
 
 def _count(

@@ -40,10 +40,10 @@ class Common:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout ({self.dropout}) must be at least 0 and below 1")
-        if not 0 <= self.lstm_projection < self.lstm_units:
+        if not 0 <= self.lstm_projection <= self.lstm_units:
             raise ValueError(
                 f"model.lstm-projection ({self.lstm_projection}) must be at least 0 "
-                f"and below model.lstm-units ({self.lstm_units}); 0 is without a projection"
+                f"and at most model.lstm-units ({self.lstm_units}); 0 is without a projection"
             )
         output = self.lstm_projection or self.lstm_units
         if output != self.width:

@@ -67,7 +67,12 @@ class Layer(nn.Module, ABC):
 
 
 class Recurrent(Layer):
-    """An LSTM; where `projection` is not 0, its projected output feeds the next step (Sak et al. 2014)."""
+    """An LSTM; where `projection` is not 0, its projected output feeds the next step (Sak et al. 2014).
+
+    torch has no projection to as many values as there are units. That one stands after the LSTM here, and the
+    units themselves feed the next step: with square matrices W (P h) and (W P) h are the same recurrences,
+    and parameters and multiply-adds are as many.
+    """
 
     def __init__(
         self,
@@ -80,8 +85,18 @@ class Recurrent(Layer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        square = projection == units
         self.lstm = nn.LSTM(
-            width, units, bias=bias, proj_size=projection, batch_first=True, device=device, dtype=dtype
+            width,
+            units,
+            bias=bias,
+            proj_size=0 if square else projection,
+            batch_first=True,
+            device=device,
+            dtype=dtype,
+        )
+        self.project = (
+            nn.Linear(units, units, bias=False, device=device, dtype=dtype) if square else nn.Identity()
         )
         self.reset_parameters()
 
@@ -95,6 +110,8 @@ class Recurrent(Layer):
                     parameter.zero_()
                 if name.startswith("bias_ih"):
                     parameter[units : 2 * units] = 1.0
+            for parameter in self.project.parameters():
+                nn.init.uniform_(parameter, -(units**-0.5), units**-0.5)
 
     def forward(
         self, x_BSD: Tensor, state: LSTMState | None, mask_BS: Tensor | None, noise: Tensor | None
@@ -103,10 +120,10 @@ class Recurrent(Layer):
             # What torch says of a projected LSTM on CPU: that it computes it as it always has.
             warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
             y_BSD, state = self.lstm(x_BSD, state)
-        return LayerOutput(y_BSD=y_BSD, state=state)
+        return LayerOutput(y_BSD=self.project(y_BSD), state=state)
 
     def ops_per_token(self) -> int:
-        return sum(p.numel() for name, p in self.lstm.named_parameters() if name.startswith("weight"))
+        return sum(p.numel() for p in self.parameters() if p.dim() == 2)
 
 
 class Bidirectional(Layer):

@@ -135,6 +135,11 @@ def lstm_1024_512() -> RunConfig:
     return _projected("lstm-1024-512", units=1024, width=WIDTH, num_layers=1, dropout=DROPOUT)
 
 
+def lstm_512_512() -> RunConfig:
+    """One LSTM of 512 units, projected to 512 (Jozefowicz et al. 2016)."""
+    return _projected("lstm-512-512", units=512, width=WIDTH, num_layers=1, dropout=DROPOUT)
+
+
 def two_lstm_8192_1024() -> RunConfig:
     """Two LSTMs of 8192 units, projected to 1024: the best published model (Jozefowicz et al. 2016)."""
     return _projected("2xlstm-8192-1024", units=8192, width=1024, num_layers=2, dropout=0.25)

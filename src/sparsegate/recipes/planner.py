@@ -6,21 +6,23 @@ from typing import overload
 
 from torch import nn
 
-from ..models import LanguageModelConfig, build
+from ..models import LanguageModelConfig, MixtureLM, build
 from ..models.translation import Translation, build_translation
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Sizes of a language model; the first rows of what a planner needs.
+    """Sizes of a language model.
 
     parameters: all of them. parameters_without_embedding_and_softmax: the column of tables 7 and 8.
+    active_parameters: all but those of the experts that a token does not choose.
     ops_per_timestep: multiply-adds per token in the forward pass without the softmax: the paper's metric.
     ops_per_timestep_with_softmax: with it.
     """
 
     parameters: int = field(metadata={"doc": "parameters"})
     parameters_without_embedding_and_softmax: int = field(metadata={"doc": "  without embedding and softmax"})
+    active_parameters: int = field(metadata={"doc": "  active for a token"})
     ops_per_timestep: int = field(metadata={"doc": "multiply-adds per timestep, softmax excluded"})
     ops_per_timestep_with_softmax: int = field(metadata={"doc": "  with softmax"})
 
@@ -56,12 +58,29 @@ def plan(config: LanguageModelConfig | Translation) -> Plan | TranslationPlan:
             return _language_model(config)
 
 
+def multiply_adds_per_number(config: LanguageModelConfig) -> float:
+    """Multiply-adds of an expert for each number that goes in or comes out (section 3.2); 0 without experts.
+
+    "The ratio of computation to input and output is equal to the size of the hidden layer"; of SwiGLU's three
+    products it is one and a half times that.
+    """
+    if not isinstance(config, MixtureLM):
+        return 0.0
+    weights = _count(build(config, device="meta").expert_parameters()) // config.num_experts
+    return weights / (2 * config.width)
+
+
 def _language_model(config: LanguageModelConfig) -> Plan:
     model = build(config, device="meta")
-    ops = model.ops_per_token()
+    ops, parameters = model.ops_per_token(), _count(model.parameters())
+    expert_parameters = _count(model.expert_parameters())
+    unchosen = 0
+    if isinstance(config, MixtureLM):
+        unchosen = expert_parameters // config.num_experts * (config.num_experts - config.k)
     return Plan(
-        parameters=_count(model.parameters()),
+        parameters=parameters,
         parameters_without_embedding_and_softmax=_count(model.layers.parameters()),
+        active_parameters=parameters - unchosen,
         ops_per_timestep=ops,
         ops_per_timestep_with_softmax=ops + model.softmax.ops_per_token(),
     )

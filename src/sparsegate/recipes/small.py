@@ -8,6 +8,7 @@ streams.
 from typing import Any
 
 from ..models import FeedForwardLM, LanguageModelConfig, MixtureLM, RecurrentLM
+from ..models.gates import GateConfig, HierarchicalGate, NoisyTopKGate
 from ..training.config import ContinuousConfig, OptimConfig, RunConfig, TrainingConfig
 
 VOCABULARY = 8192  # subwords; a dataset brings its own
@@ -36,8 +37,14 @@ def _common(units: int = WIDTH, projection: int = 0) -> dict[str, Any]:
     }
 
 
-def _mixture(name: str, num_experts: int) -> RunConfig:
-    return _run(name, MixtureLM(**_common(), num_experts=num_experts, k=4, hidden=256))
+def _mixture(name: str, num_experts: int, gate: GateConfig | None = None) -> RunConfig:
+    model = MixtureLM(**_common(), num_experts=num_experts, k=4, hidden=256, gate=gate or NoisyTopKGate())
+    return _run(name, model)
+
+
+def _hierarchy(num_experts: int, num_groups: int) -> RunConfig:
+    """About as many groups as experts in each: at this width 16 groups of 256 would cost a quarter more."""
+    return _mixture(f"small-moe-{num_experts}-h", num_experts, HierarchicalGate(num_groups=num_groups))
 
 
 def small_moe_4() -> RunConfig:
@@ -53,6 +60,21 @@ def small_moe_32() -> RunConfig:
 def small_moe_256() -> RunConfig:
     """moe-256 at width 128."""
     return _mixture("small-moe-256", 256)
+
+
+def small_moe_256_h() -> RunConfig:
+    """moe-256-h at width 128."""
+    return _hierarchy(256, 16)
+
+
+def small_moe_1024_h() -> RunConfig:
+    """moe-1024-h at width 128, in 32 groups instead of 16."""
+    return _hierarchy(1024, 32)
+
+
+def small_moe_4096_h() -> RunConfig:
+    """moe-4096-h at width 128, in 64 groups instead of 16."""
+    return _hierarchy(4096, 64)
 
 
 def small_moe_1_wide() -> RunConfig:

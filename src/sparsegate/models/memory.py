@@ -1,0 +1,155 @@
+"""How much memory training a language model takes, told before any of it is allocated.
+
+What is counted: weights, gradients, the optimizer's state, and what one micro-batch keeps for its backward
+pass. What is not: the program itself (some 400 MB with torch), and the allocator's waste.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import nn
+
+from .build import build
+from .config import FeedForwardLM, LanguageModelConfig, MixtureLM
+from .language_model import LanguageModel
+
+FLOAT32, BFLOAT16, BOOL = 4, 2, 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """How a model is trained, as far as memory depends on it.
+
+    tokens: of a micro-batch, padding included. experts: their optimizer. expert_bytes: of each of their
+    weights, and of its gradient. in_backward: whether each expert is updated as soon as its gradient is
+    there, so that those of all experts never exist together. sparse_rows: whether the vocabulary's tables
+    have gradients for the rows that a batch used alone. recompute: whether the experts' hidden layers are
+    computed again in the backward pass instead of kept. devices: over which the experts are spread; the
+    rest is on each of them, and bytes are of one. evaluated_logits: that exist at once in evaluations.
+    """
+
+    tokens: int
+    experts: Literal["adam", "factored"] = "adam"
+    expert_bytes: int = FLOAT32
+    in_backward: bool = False
+    sparse_rows: bool = False
+    recompute: bool = False
+    devices: int = 1
+    evaluated_logits: int = 1 << 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes.
+
+    experts, tables, others: of the weights: the experts, embedding and softmax, everything else. gradients:
+    where all exist together. optimizer: its state. activations: what one micro-batch keeps from its forward
+    pass. softmax: what it takes at the moment at which the softmax goes backward, which is before there are
+    gradients of other layers. peak: the most that is needed at once.
+    """
+
+    experts: int = field(metadata={"doc": "weights of the experts"})
+    tables: int = field(metadata={"doc": "weights of embedding and softmax"})
+    others: int = field(metadata={"doc": "weights of everything else"})
+    gradients: int = field(metadata={"doc": "gradients"})
+    optimizer: int = field(metadata={"doc": "optimizer state"})
+    activations: int = field(metadata={"doc": "activations of a micro-batch"})
+    softmax: int = field(metadata={"doc": "  the softmax's beside them"})
+    peak: int = field(metadata={"doc": "most at once"})
+
+    @property
+    def weights(self) -> int:
+        return self.experts + self.tables + self.others
+
+
+def training_memory(config: LanguageModelConfig, method: Method) -> Memory:
+    """Bytes that training takes, from the meta device."""
+    model = build(config, device="meta")
+    stacks = [_local_shape(parameter, method) for parameter in model.expert_parameters()]
+    num_tables = _numel(model.embedding.parameters()) + _numel(model.softmax.parameters())
+    num_others = _numel(model.parameters()) - _numel(model.expert_parameters()) - num_tables
+    experts = sum(shape.numel() for shape in stacks) * method.expert_bytes
+    expert_gradients = _one_of_each(stacks) if method.in_backward else experts
+    other_gradients = num_others * FLOAT32 + _table_gradients(config, method)
+    optimizer = (num_tables + num_others) * 2 * FLOAT32 + _expert_state(stacks, method)
+    activations = _activations(config, model, method)
+    softmax = _softmax(config, method.tokens)
+    weights = experts + (num_tables + num_others) * FLOAT32
+    # Expert gradients lie in memory that is kept from step to step; others come after the softmax has gone.
+    evaluation = 3 * min(method.evaluated_logits, method.tokens * config.vocab_size) * FLOAT32
+    peak = weights + optimizer + expert_gradients
+    peak += max(other_gradients + evaluation, activations + softmax)
+    return Memory(
+        experts=experts,
+        tables=num_tables * FLOAT32,
+        others=num_others * FLOAT32,
+        gradients=expert_gradients + other_gradients,
+        optimizer=optimizer,
+        activations=activations,
+        softmax=softmax,
+        peak=peak,
+    )
+
+
+def _local_shape(stack: nn.Parameter, method: Method) -> torch.Size:
+    """Of the experts that one device has, which stand along the first axis."""
+    return torch.Size((-(-len(stack) // method.devices), *stack.shape[1:]))
+
+
+def _expert_state(stacks: Sequence[torch.Size], method: Method) -> int:
+    """Two moments of every weight, or the averages of every matrix's rows and columns."""
+    if method.experts == "adam":
+        return sum(shape.numel() for shape in stacks) * 2 * FLOAT32
+    return sum(shape[0] * (shape[-2] + shape[-1]) for shape in stacks) * FLOAT32
+
+
+def _one_of_each(stacks: Sequence[torch.Size]) -> int:
+    """The gradient of one expert."""
+    return sum(shape[1:].numel() for shape in stacks) * FLOAT32
+
+
+def _table_gradients(config: LanguageModelConfig, method: Method) -> int:
+    """Of the embedding, [V, D], and of the softmax, [V, D + 1]."""
+    embedding = softmax = config.vocab_size
+    if method.sparse_rows:
+        embedding = min(embedding, method.tokens)
+        if config.softmax_samples:
+            softmax = min(softmax, method.tokens + config.softmax_samples)
+    return (embedding * config.width + softmax * (config.width + 1)) * FLOAT32
+
+
+def _activations(config: LanguageModelConfig, model: LanguageModel, method: Method) -> int:
+    """What a forward pass keeps, and its gradient needs: eight values for each unit of an LSTM.
+
+    Beside what a layer keeps there are its output, the sum of the residual connection and the dropout's mask.
+    """
+    layers = list(model.named_layers())
+    around = config.width * (2 * FLOAT32 * (1 + len(layers)) + BOOL * len(layers))
+    match config:
+        case MixtureLM():
+            num_lstms, others = 2, _mixture(config, sum(layer.noise_width for _, layer in layers), method)
+        case FeedForwardLM():
+            num_lstms, others = 2, 2 * (sum(config.hidden) + config.width)
+        case _:
+            num_lstms, others = config.num_layers, 0
+    return method.tokens * (around + (8 * num_lstms * config.lstm_units + others) * FLOAT32)
+
+
+def _mixture(config: MixtureLM, noise_width: int, method: Method) -> int:
+    """Of each choice of a token the hidden layer, input and output; the gate's logits in their forms."""
+    hidden = 0 if method.recompute else config.hidden * (2 if config.experts == "swiglu" else 1)
+    return config.k * (hidden + 2 * config.width) + 6 * noise_width + config.width
+
+
+def _softmax(config: LanguageModelConfig, tokens: int) -> int:
+    """Log-probabilities, their gradient and that of the logits; and the candidates' rows."""
+    if not config.softmax_samples:
+        return 3 * tokens * config.vocab_size * FLOAT32
+    rows = 2 * (tokens + config.softmax_samples) * config.width
+    return (4 * tokens * config.softmax_samples + rows) * FLOAT32
+
+
+def _numel(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)

@@ -1,0 +1,150 @@
+"""A language model laid over devices: what goes where, what travels, and how long a step must take.
+
+As in section 3.1 of the paper: every device has a copy of all that is not an expert, reads its own part of
+the batch, and holds its own part of the experts. Times are those of a roofline: products at a share of the
+peak rate, weights at the rate of the memory, and traffic at that of the network.
+"""
+
+from dataclasses import dataclass, field, replace
+
+from ..models import LanguageModelConfig, MixtureLM, build
+from ..models.gates import HierarchicalGate
+from ..models.memory import FLOAT32, Method, training_memory
+
+# Forward, backward to the inputs, backward to the weights; a multiply-add is two operations.
+_OPERATIONS_PER_MULTIPLY_ADD = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Devices of one kind; the defaults are an H100 SXM's by its data sheet, dense bfloat16 and NVLink.
+
+    memory: bytes of each. flops: operations per second, at peak. efficiency: the share of the peak that
+    products of the model's sizes reach; a guess, to be measured. memory_bandwidth, bandwidth: bytes per
+    second, of its memory and from a device to the others.
+    """
+
+    devices: int = field(default=1, metadata={"doc": "devices"})
+    memory: int = field(default=80 * 2**30, metadata={"doc": "memory of each, bytes"})
+    flops: float = field(default=989e12, metadata={"doc": "peak operations per second of each"})
+    efficiency: float = field(default=0.5, metadata={"doc": "share of it that products reach (a guess)"})
+    memory_bandwidth: float = field(default=3.35e12, metadata={"doc": "bytes per second of its memory"})
+    bandwidth: float = field(default=450e9, metadata={"doc": "bytes per second from it to the others"})
+
+    def __post_init__(self) -> None:
+        for name in ("devices", "memory", "flops", "memory_bandwidth", "bandwidth"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name.replace('_', '-')} ({getattr(self, name)}) must be above 0")
+        if not 0 < self.efficiency <= 1:
+            raise ValueError(f"efficiency ({self.efficiency}) must be above 0 and at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A training step on each device. Bytes and seconds are of one device and step.
+
+    all_to_all_bytes: what a device sends of tokens to experts and back, forward and backward: each token goes
+    once to every other device that has an expert for it, and as much comes back. all_reduce_bytes: gradients
+    of what is copied, as a ring sends them. in_turn_seconds, overlapped_seconds: arithmetic, memory and
+    network one after the other, or all at once. tflops: the paper's measure, in the better case.
+    """
+
+    experts_per_device: float = field(metadata={"doc": "experts on a device"})
+    copied_parameters: int = field(metadata={"doc": "parameters that every device has a copy of"})
+    tokens_per_device: int = field(metadata={"doc": "tokens of a step that a device reads"})
+    rows_per_expert: float = field(metadata={"doc": "tokens of a step for each expert, k b / n"})
+    memory: int = field(metadata={"doc": "bytes at most at once"})
+    all_to_all_bytes: int = field(metadata={"doc": "bytes sent to experts and back"})
+    all_reduce_bytes: int = field(metadata={"doc": "bytes sent to add up gradients of copies"})
+    arithmetic_seconds: float = field(metadata={"doc": "seconds of arithmetic"})
+    memory_seconds: float = field(metadata={"doc": "seconds of weights, gradients and optimizer in memory"})
+    network_seconds: float = field(metadata={"doc": "seconds of the network"})
+    overlapped_seconds: float = field(metadata={"doc": "seconds of a step, all at once"})
+    in_turn_seconds: float = field(metadata={"doc": "seconds of a step, one after the other"})
+    tflops: float = field(metadata={"doc": "TFLOPS of a device, all at once"})
+
+    def require_memory(self, machine: Machine) -> None:
+        """ValueError with the figures where a device has too little."""
+        if self.memory > machine.memory:
+            raise ValueError(
+                f"memory ({gibibytes(machine.memory)}) is less than the {gibibytes(self.memory)} that "
+                f"training takes on each of {machine.devices:,} device(s); use more devices "
+                "(--devices), parts of a batch (--training.micro-batches), or --optim.experts factored"
+            )
+
+
+def lay_out(
+    config: LanguageModelConfig,
+    machine: Machine,
+    method: Method,
+    *,
+    batch_tokens: int,
+    micro_batches: int,
+    value_bytes: int,
+) -> Layout:
+    """A step of `batch_tokens` tokens in all. method: its `tokens` are replaced by what a device reads.
+
+    value_bytes: of each value that travels to an expert and back.
+
+    ValueError: there are more devices than tokens.
+    """
+    devices = machine.devices
+    if devices > batch_tokens:
+        raise ValueError(f"devices ({devices:,}) must not exceed the {batch_tokens:,} tokens of a batch")
+    tokens = -(-batch_tokens // devices)
+    method = replace(method, tokens=-(-tokens // micro_batches), devices=devices)
+    memory = training_memory(config, method)
+    copied = (memory.tables + memory.others) // FLOAT32
+    sent = _all_to_all_bytes(config, devices, tokens, value_bytes)
+    reduced = round(2 * (devices - 1) / devices * copied * FLOAT32)
+    seconds = (
+        arithmetic_flops(config) * tokens / (machine.flops * machine.efficiency),
+        # Weights are read forward and backward, and with gradients and state read and written by the update.
+        (4 * memory.weights + 2 * memory.gradients + 2 * memory.optimizer) / machine.memory_bandwidth,
+        (sent + reduced) / machine.bandwidth,
+    )
+    num_experts = config.num_experts if isinstance(config, MixtureLM) else 0
+    return Layout(
+        experts_per_device=num_experts / devices,
+        copied_parameters=copied,
+        tokens_per_device=tokens,
+        rows_per_expert=rows_per_expert(config, batch_tokens),
+        memory=memory.peak,
+        all_to_all_bytes=sent,
+        all_reduce_bytes=reduced,
+        arithmetic_seconds=seconds[0],
+        memory_seconds=seconds[1],
+        network_seconds=seconds[2],
+        overlapped_seconds=max(seconds),
+        in_turn_seconds=sum(seconds),
+        tflops=arithmetic_flops(config) * tokens / max(seconds) / 1e12,
+    )
+
+
+def arithmetic_flops(config: LanguageModelConfig) -> int:
+    """Operations that training one token takes, by the paper's metric (under table 7): the softmax counts."""
+    model = build(config, device="meta")
+    words = config.softmax_samples or config.vocab_size
+    return _OPERATIONS_PER_MULTIPLY_ADD * (model.ops_per_token() + config.width * words)
+
+
+def rows_per_expert(config: LanguageModelConfig, batch_tokens: int) -> float:
+    """k b / n (section 3.1); 0 without experts."""
+    return config.k * batch_tokens / config.num_experts if isinstance(config, MixtureLM) else 0.0
+
+
+def gibibytes(number: float) -> str:
+    """Bytes as people read them."""
+    return f"{number / 2**30:,.1f} GiB" if number >= 2**30 else f"{number / 2**20:,.1f} MiB"
+
+
+def _all_to_all_bytes(config: LanguageModelConfig, devices: int, tokens: int, value_bytes: int) -> int:
+    """There and back, forward and backward, if every device is as likely to have a token's expert."""
+    if not isinstance(config, MixtureLM):
+        return 0
+    gate, choices = config.gate, config.k
+    if isinstance(gate, HierarchicalGate) and gate.num_groups % devices == 0:
+        choices = gate.k_primary  # whole groups stand on a device
+    reached = devices * (1 - (1 - 1 / devices) ** choices)
+    elsewhere = reached * (devices - 1) / devices
+    return round(4 * tokens * elsewhere * config.width * value_bytes)

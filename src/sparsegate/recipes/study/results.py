@@ -1,0 +1,169 @@
+"""What a study has found so far: a row for each model and budget, as JSON and as a table."""
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ...benchmarking.measuring import markdown
+from ...models import LanguageModelConfig, MixtureLM
+from ...models.gates import HierarchicalGate
+from ...training.overrides import to_json
+from ...training.run_folder import read_run_config
+from ...training.strict_json import Json
+from ..planner import Plan, plan
+from .config import Study
+from .intervals import over_pieces, over_seeds
+from .ladder import LEAST, MOST_ON_TOP
+from .measuring import Measured, read_measured
+
+Kind = Literal["dense", "flat mixture", "hierarchical mixture"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One model after one budget of words.
+
+    equal_cost: whether it has the multiply-adds of the comparison. perplexity: on the test split, per word
+    with one end for each sentence, the geometric mean over the seeds; low, high: its 95% interval, over
+    `interval_over`. passes: over the training text. tflops: trained, by the paper's metric: backward counts
+    twice the forward pass, a multiply-add is two operations, and the softmax is counted, the gate too.
+    balance: on the test split, the first seed.
+    """
+
+    model: str
+    kind: Kind
+    equal_cost: bool
+    parameters: int
+    parameters_without_embedding_and_softmax: int
+    ops_per_timestep: int
+    budget: int
+    words: int
+    passes: float
+    steps: int
+    learning_rate: float
+    seeds: list[int]
+    perplexities: list[float]
+    perplexity: float
+    low: float
+    high: float
+    interval_over: str
+    tokens_per_second: float
+    tflops: float
+    balance: dict[str, dict[str, float]]
+
+
+def collect(folder: Path, study: Study) -> list[Row]:
+    """Everything that has been measured in a study's folder, whichever command asked for it."""
+    runs: dict[str, dict[int, dict[int, Measured]]] = {}
+    models: dict[str, LanguageModelConfig] = {}
+    for run in sorted((folder / "runs").glob("*/seed-*")):
+        measured = read_measured(run)
+        if measured:
+            config = read_run_config(run)
+            models[config.name] = config.model
+            runs.setdefault(config.name, {})[config.seed] = measured
+    rows = [row for name in runs for row in _rows(name, models[name], runs[name], study)]
+    return sorted(rows, key=lambda row: (row.budget, row.parameters_without_embedding_and_softmax, row.model))
+
+
+def _rows(
+    name: str, model: LanguageModelConfig, by_seed: Mapping[int, Mapping[int, Measured]], study: Study
+) -> Iterator[Row]:
+    costs = plan(model)
+    for budget in sorted({words for measured in by_seed.values() for words in measured}):
+        runs = {seed: measured[budget] for seed, measured in sorted(by_seed.items()) if budget in measured}
+        yield _row(name, model, costs, budget, runs, study)
+
+
+def _row(
+    name: str,
+    model: LanguageModelConfig,
+    costs: Plan,
+    budget: int,
+    runs: Mapping[int, Measured],
+    study: Study,
+) -> Row:
+    first = next(iter(runs.values()))
+    if len(runs) > 1:
+        log_interval = over_seeds([run.log_perplexity for run in runs.values()])
+        scale = 1.0
+    else:
+        log_interval = over_pieces(first.nll_nats, first.tokens)
+        scale = first.tokens_per_word
+    mean, low, high = (math.exp(scale * x) for x in (log_interval.mean, log_interval.low, log_interval.high))
+    speed = statistics.median(run.tokens_per_second for run in runs.values())
+    most = MOST_ON_TOP if study.gates == "on-top" else 1.0
+    return Row(
+        model=name,
+        kind=kind_of(model),
+        equal_cost=LEAST * study.ops_per_timestep <= costs.ops_per_timestep <= most * study.ops_per_timestep,
+        parameters=costs.parameters,
+        parameters_without_embedding_and_softmax=costs.parameters_without_embedding_and_softmax,
+        ops_per_timestep=costs.ops_per_timestep,
+        budget=budget,
+        words=first.words,
+        passes=first.passes,
+        steps=first.step,
+        learning_rate=first.learning_rate,
+        seeds=list(runs),
+        perplexities=[run.perplexity for run in runs.values()],
+        perplexity=mean,
+        low=low,
+        high=high,
+        interval_over=log_interval.over,
+        tokens_per_second=speed,
+        tflops=6 * costs.ops_per_timestep_with_softmax * speed / 1e12,
+        balance=first.balance,
+    )
+
+
+def kind_of(model: LanguageModelConfig) -> Kind:
+    """What the figures tell apart."""
+    if not isinstance(model, MixtureLM):
+        return "dense"
+    return "hierarchical mixture" if isinstance(model.gate, HierarchicalGate) else "flat mixture"
+
+
+def to_rows(rows: list[Row]) -> list[Json]:
+    """As JSON takes them."""
+    return [to_json(row) for row in rows]
+
+
+def table(rows: list[Row]) -> str:
+    """The rows in Markdown, a table for each budget, the smallest first."""
+    parts = []
+    for budget in sorted({row.budget for row in rows}):
+        some = [row for row in rows if row.budget == budget]
+        dense = [row.perplexity for row in some if row.kind == "dense" and row.equal_cost]
+        best = min(dense, default=None)
+        words, passes = some[0].words, some[0].passes
+        head = f"## After {words / 1e6:,.3g} million words ({passes:.2f} passes over the training text)"
+        parts.append(f"{head}\n\n{markdown([_cells(row, best) for row in some])}\n")
+    return "\n".join(parts)
+
+
+def _cells(row: Row, best_dense: float | None) -> dict[str, str]:
+    return {
+        "model": row.model,
+        "parameters without embedding and softmax (M)": _millions(
+            row.parameters_without_embedding_and_softmax
+        ),
+        "multiply-adds (k)": f"{row.ops_per_timestep / 1e3:,.1f}",
+        "learning rate": f"{row.learning_rate:g}",
+        "test perplexity": f"{row.perplexity:.2f}",
+        "95% interval": f"{row.low:.2f} to {row.high:.2f}",
+        "over": f"{len(row.seeds)} seeds" if len(row.seeds) > 1 else row.interval_over,
+        "against the best dense": "" if best_dense is None else f"{row.perplexity / best_dense - 1:+.1%}",
+        "tokens/s": f"{row.tokens_per_second:,.0f}",
+        "TFLOPS": f"{row.tflops:.3g}",
+        "experts without a token": " ".join(
+            f"{metrics['dead_experts']:.0f}" for metrics in row.balance.values()
+        ),
+    }
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e6:,.2f}" if number < 1e8 else f"{number / 1e6:,.1f}"
