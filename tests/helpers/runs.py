@@ -4,10 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from sparsegate.data import Dataset, prepare, save_vocabulary
+from sparsegate.data.parallel import ParallelText, TranslationDataset, prepare_translation
 from sparsegate.models import MixtureLM
 from sparsegate.models.gates import GateConfig, NoisyTopKGate
 from sparsegate.training.config import ContinuousConfig, RunConfig, SentencesConfig
-from sparsegate.training.loop import make_state
+from sparsegate.training.making import make_state
 from sparsegate.training.overrides import to_json
 from sparsegate.training.run_folder import VOCABULARY, checkpoints_of, write_best
 from sparsegate.training.storage import write_json_atomically
@@ -30,6 +31,25 @@ def make_dataset(folder: Path, *, kind: str = "words", lines: list[str] = LINES)
         test=test,
         vocabulary=kind,
         vocabulary_size=size,
+    )
+
+
+def make_translation_dataset(
+    folder: Path, *, lines: list[str] = LINES, both_directions: bool = False
+) -> TranslationDataset:
+    """Beginnings of the lines, and their words backwards as the translation. Of three parts, all alike."""
+    folder.mkdir(parents=True)
+    text = folder / "en-fr.tsv"
+    beginnings = [line.split()[: 2 + number % 9] for number, line in enumerate(lines)]
+    text.write_text("".join(f"{' '.join(words)}\t{' '.join(words[::-1])}\n" for words in beginnings))
+    texts = [ParallelText(languages=("en", "fr"), files=(text,))]
+    return prepare_translation(
+        output=folder / "dataset",
+        train=texts,
+        valid=texts,
+        test=texts,
+        vocabulary_size=300,
+        both_directions=both_directions,
     )
 
 

@@ -8,8 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..recipes.planner import plan
-from ..recipes.registry import RECIPES, TRANSLATION_RECIPES, planned_recipe
-from ..recipes.translation import TranslationRecipe
+from ..recipes.registry import RECIPES, recipe
 from ..training.config import RunConfig
 from .verb import Parser, Verb
 
@@ -21,13 +20,13 @@ sparsegate plan translation-moe-2048-h
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("name", help=f"recipe: {', '.join([*RECIPES, *TRANSLATION_RECIPES])}")
+    parser.add_argument("name", help=f"recipe: {', '.join(RECIPES)}")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def config(args: Namespace) -> RunConfig | TranslationRecipe | None:
+def config(args: Namespace) -> RunConfig | None:
     name = getattr(args, "name", None)
-    return None if name is None else planned_recipe(name)
+    return None if name is None else recipe(name)
 
 
 def run(args: Namespace) -> int:

@@ -3,10 +3,16 @@
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from ..recipes.load import LanguageRun, load
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..recipes.language_run import LanguageRun
+from ..recipes.load import load, require_language, require_translation
+from ..recipes.translation_run import TranslationRun
 from .verb import Parser
 
 _READ_BYTES = 1 << 20
@@ -24,7 +30,7 @@ def add_run(parser: Parser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
 
 
-def load_run(args: Namespace) -> LanguageRun:
+def load_run(args: Namespace) -> LanguageRun | TranslationRun:
     checkpoint = int(args.checkpoint) if args.checkpoint.isdecimal() else args.checkpoint
     trained = load(args.run, checkpoint=checkpoint, device=args.device, warn=warn)
     if trained.model.sees_later_tokens():
@@ -34,6 +40,24 @@ def load_run(args: Namespace) -> LanguageRun:
             "read at once"
         )
     return trained
+
+
+def load_language_run(args: Namespace) -> LanguageRun:
+    return require_language(load_run(args))
+
+
+def load_translation_run(args: Namespace) -> TranslationRun:
+    return require_translation(load_run(args))
+
+
+@contextmanager
+def progress_bar(activity: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error, if that is a terminal, for what is told how much is done, and of how much."""
+    console = Console(stderr=True)
+    columns = (TextColumn(activity), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(activity, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def warn(message: str) -> None:
