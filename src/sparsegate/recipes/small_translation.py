@@ -33,7 +33,7 @@ def _run(name: str, block: BlockConfig, *, temperature: float = 1.0) -> RunConfi
     return RunConfig(
         name=name,
         model=model,
-        batches=ParallelConfig(batch_subwords=2048, temperature=temperature),
+        batches=ParallelConfig(batch_subwords=1280, temperature=temperature),
         losses=LossConfig(importance=0.01, load=0.01),
         optim=OptimConfig(learning_rate=4e-3, warmup_steps=200, constant_steps=800),
         training=TrainingConfig(steps=2000, evaluate_every=500),

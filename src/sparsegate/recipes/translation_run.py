@@ -42,6 +42,7 @@ class TranslationRun:
         to: str | None = None,
         source: str | None = None,
         decoding: Decoding = _SEARCH,
+        max_subwords: int = 250,
         lines_at_once: int = 64,
     ) -> LineTranslator:
         """What translates lines; see `LineTranslator`.
@@ -57,6 +58,7 @@ class TranslationRun:
             vocabulary=self.vocabulary,
             target_language=self._target(to, source),
             decoding=decoding,
+            max_subwords=max_subwords,
             lines_at_once=lines_at_once,
         )
 

@@ -26,6 +26,7 @@ class TrainResult:
     """How a run ended. stopped_by: the signal that ended it before its last step, or ""."""
 
     folder: Path
+    config: RunConfig
     state: TrainState
     evaluation: Measured | None
     stopped_by: str
@@ -68,6 +69,7 @@ def train(
                     run.save()
             return TrainResult(
                 folder=folder,
+                config=config,
                 state=run.state,
                 evaluation=run.last_evaluation,
                 stopped_by="" if run.finished else stop(),
