@@ -115,8 +115,8 @@ def score(
         scores.append(
             Score(
                 name=result.name,
-                value=result.score,
-                interval=result._ci if resamples else None,
+                value=float(result.score),
+                interval=float(result._ci) if resamples else None,
                 signature=str(metric.get_signature()),
             )
         )
@@ -153,9 +153,9 @@ def compare(
     return [
         Comparison(
             name=name,
-            baseline=first.score,
-            system=second.score,
-            p_value=second.p_value,
+            baseline=float(first.score),
+            system=float(second.score),
+            p_value=float(second.p_value),
             signature=str(signatures[name]),
         )
         for name, (first, second) in results.items()
