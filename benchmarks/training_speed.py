@@ -20,8 +20,9 @@ from sparsegate.benchmarking.measuring import circumstances, markdown, median_ra
 from sparsegate.data import Batch
 from sparsegate.recipes.registry import recipe
 from sparsegate.training.config import RunConfig
-from sparsegate.training.loop import make_state
+from sparsegate.training.making import make_state
 from sparsegate.training.step import apply_gradient, compute_gradient
+from sparsegate.training.tasks.language import language_parts
 
 
 def main() -> None:
@@ -57,11 +58,13 @@ def stepper(config: RunConfig, args: argparse.Namespace) -> Callable[[], None]:
         carries_state=False,
         index=0,
     )
-    untrained = compute_gradient(state.model, batch, {}, config)
+    parts = list(language_parts(state.model, batch, {}, config))
+    untrained = compute_gradient(state.model, parts, config)
     assert abs(untrained.nll - math.log(args.vocabulary)) < 1.5, untrained.nll
 
     def step() -> None:
-        gradient = compute_gradient(state.model, batch, {}, config)
+        parts = list(language_parts(state.model, batch, {}, config))
+        gradient = compute_gradient(state.model, parts, config)
         apply_gradient(state.model, state.optimizers, gradient, learning_rate=1e-3, clip_norm=1.0)
         state.model.after_step(gradient.sums)
 

@@ -6,7 +6,7 @@ import pytest
 
 from sparsegate.cli.main import main
 from sparsegate.recipes.planner import plan
-from sparsegate.recipes.registry import planned_recipe, recipe
+from sparsegate.recipes.registry import recipe
 
 Capture = pytest.CaptureFixture[str]
 
@@ -35,7 +35,7 @@ def test_fields_of_the_recipe_can_be_changed(capsys: Capture):
 def test_people_read_the_same_numbers(name: str, capsys: Capture):
     assert main(["plan", name]) == 0
     shown = capsys.readouterr().out
-    for value in vars(plan(planned_recipe(name).model)).values():
+    for value in vars(plan(recipe(name).model)).values():
         assert f"{value:,}" in shown
 
 

@@ -1,4 +1,4 @@
-"""Runs that are killed again and again: `python -m tests.helpers.killed_runs FOLDER KILLS SEED`.
+"""Runs that are killed again and again: `python -m tests.helpers.killed_runs FOLDER KIND KILLS SEED`.
 
 A program of its own, since it forks: it imports torch once, runs nothing in parallel, and each attempt at a
 run is a child that trains with `resume=True` until it is done or killed.
@@ -17,36 +17,19 @@ from typing import NoReturn
 
 import torch
 
-from sparsegate.data import Dataset
-from sparsegate.models import MixtureLM
 from sparsegate.training.checkpoint import latest_checkpoint
-from sparsegate.training.config import ContinuousConfig, OptimConfig, RunConfig, TrainingConfig
+from sparsegate.training.config import RunConfig
 from sparsegate.training.loop import Run, train
 from sparsegate.training.run_folder import checkpoints_of
+from tests.helpers.tiny_runs import TINY_RUNS
 
 STEPS = 40
 
 
-def tiny_run(data: Path, *, steps: int = STEPS, **training: object) -> RunConfig:
-    """Everything that has a state: noise, dropout, carried LSTM state, Adam, warm-up, evaluations."""
-    return RunConfig(
-        name="tiny",
-        data=str(data),
-        model=MixtureLM(
-            vocab_size=1, width=8, lstm_units=8, dropout=0.2, num_experts=4, k=2, hidden=8, lstm_bias=True
-        ),
-        batches=ContinuousConfig(batch_size=4, num_steps=8),
-        optim=OptimConfig(learning_rate=1e-2, warmup_steps=15),
-        training=TrainingConfig(
-            **{"steps": steps, "evaluate_every": 20, "checkpoint_every": 5, "log_every": 1, **training}
-        ),
-    )
-
-
 def main() -> None:
-    folder, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    folder, kind, kills, seed = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     torch.set_num_threads(1)
-    config = tiny_run(Dataset.open(folder / "dataset").directory)
+    config = TINY_RUNS[kind](folder / "dataset", steps=STEPS)
     # What is imported when it is first used is imported here, or each child would begin with seconds of it.
     train(replace(config, training=replace(config.training, steps=1)), folder=folder / "first")
     started = time.monotonic()

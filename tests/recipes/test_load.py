@@ -13,7 +13,7 @@ from sparsegate.decoding import Sampling, score
 from sparsegate.evaluation import evaluate
 from sparsegate.recipes.load import load
 from sparsegate.training.checkpoint import load_checkpoint
-from sparsegate.training.loop import make_state
+from sparsegate.training.making import make_state
 from sparsegate.training.overrides import to_json
 from sparsegate.training.run_folder import checkpoints_of
 from tests.helpers.runs import LINES, make_dataset, make_run

@@ -8,7 +8,7 @@ import torch
 from sparsegate.cli.main import main
 from sparsegate.models import FeedForwardLM, MixtureLM, RecurrentLM, build
 from sparsegate.recipes.planner import plan
-from sparsegate.recipes.registry import RECIPES, TRANSLATION_RECIPES, planned_recipe, recipe
+from sparsegate.recipes.registry import RECIPES, recipe
 
 # name: ops per timestep (M), parameters without embedding and softmax (M), all parameters (billions)
 TABLE_7 = {
@@ -92,6 +92,6 @@ def test_planning_takes_no_memory_for_weights(monkeypatch: pytest.MonkeyPatch):
         return plain(cls, data, requires_grad)
 
     monkeypatch.setattr(torch.nn.Parameter, "__new__", noted)
-    for name in [*RECIPES, *TRANSLATION_RECIPES]:
-        plan(planned_recipe(name).model)
+    for name in RECIPES:
+        plan(recipe(name).model)
     assert devices == {"meta"}

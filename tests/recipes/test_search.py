@@ -12,8 +12,8 @@ from sparsegate.recipes.search import Trial, search
 from sparsegate.training.config import RunConfig
 from sparsegate.training.loop import Run, train
 from sparsegate.training.run_folder import read_run_config
-from tests.helpers.killed_runs import tiny_run
 from tests.helpers.runs import make_dataset
+from tests.helpers.tiny_runs import tiny_run
 
 RATES, DROPOUTS = [1e-4, 3e-2], [0.0, 0.2]
 

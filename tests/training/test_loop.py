@@ -5,36 +5,54 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from sparsegate import load
 from sparsegate.cli.main import main
-from sparsegate.data import Batch, Dataset
+from sparsegate.data import Batch
 from sparsegate.models import LanguageModel, RecurrentLM
 from sparsegate.models.softmax import OutputSoftmax
+from sparsegate.training import tasks
 from sparsegate.training.checkpoint import checkpoint_name, latest_checkpoint, load_checkpoint
-from sparsegate.training.config import ContinuousConfig, RunConfig, SentencesConfig
+from sparsegate.training.config import ContinuousConfig, ParallelConfig, RunConfig, SentencesConfig
 from sparsegate.training.log import read_log
-from sparsegate.training.loop import TrainResult, make_batches, make_state, train
-from sparsegate.training.run_folder import checkpoints_of, for_dataset, read_best, saved_steps
-from sparsegate.training.step import Gradient, NonFinite, State, compute_gradient
-from tests.helpers.killed_runs import tiny_run
-from tests.helpers.model_cases import GATES, with_gate
-from tests.helpers.runs import LINES, make_dataset
+from sparsegate.training.loop import TrainResult, train
+from sparsegate.training.making import make_state
+from sparsegate.training.run_folder import checkpoints_of, read_best, saved_steps
+from sparsegate.training.step import NonFinite
+from sparsegate.training.tasks import open_task
+from sparsegate.training.tasks.language import LanguagePart
+from sparsegate.training.tasks.task import State
+from tests.helpers.model_cases import GATES
+from tests.helpers.runs import LINES
+from tests.helpers.tiny_runs import TINY_DATASETS, TINY_RUNS, tiny_run, with_gates
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return make_dataset(tmp_path_factory.mktemp("text") / "text")
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One for each task."""
+    folder = tmp_path_factory.mktemp("text")
+    return {task: make(folder / task).directory for task, make in TINY_DATASETS.items()}
+
+
+@pytest.fixture(params=TINY_RUNS)
+def task(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.fixture
-def config(dataset: Dataset) -> RunConfig:
-    return tiny_run(dataset.directory, steps=24)
+def config(datasets: dict[str, Path], task: str) -> RunConfig:
+    return TINY_RUNS[task](datasets[task], steps=24)
+
+
+@pytest.fixture
+def language(datasets: dict[str, Path]) -> RunConfig:
+    """For what language models alone have."""
+    return tiny_run(datasets["language"], steps=24)
 
 
 def with_training(config: RunConfig, **changes: object) -> RunConfig:
@@ -63,24 +81,23 @@ def assert_equal(one: TrainResult, other: TrainResult) -> None:
 SHORT_EPOCHS = {
     "stream": ContinuousConfig(batch_size=6, num_steps=65),
     "sentence": SentencesConfig(batch_words=390, max_length=8),
+    "pairs": ParallelConfig(batch_subwords=335),
 }
+TASKS = {"stream": "language", "sentence": "language", "pairs": "translation"}
 EPOCH = 11
 STOPS = [1, EPOCH, 17]
 OTHER_STOPS = [pytest.param(s, marks=pytest.mark.nightly) for s in range(1, 24) if s not in STOPS]
 
 
-@pytest.mark.parametrize("batches", SHORT_EPOCHS.values(), ids=SHORT_EPOCHS.keys())
+@pytest.mark.parametrize("form", SHORT_EPOCHS)
 @pytest.mark.parametrize("stop_at", [*STOPS, *OTHER_STOPS])
 def test_a_run_in_two_parts_ends_bit_for_bit_as_in_one(
-    config: RunConfig,
-    dataset: Dataset,
-    tmp_path: Path,
-    stop_at: int,
-    batches: ContinuousConfig | SentencesConfig,
+    datasets: dict[str, Path], tmp_path: Path, stop_at: int, form: str
 ):
     """At the first step, in the warm-up, at the end of an epoch, in the middle of one."""
-    config = replace(config, batches=batches)
-    assert make_batches(config, dataset).batches_per_epoch == EPOCH
+    task = TASKS[form]
+    config = replace(TINY_RUNS[task](datasets[task], steps=24), batches=SHORT_EPOCHS[form])
+    assert open_task(config).batches.batches_per_epoch == EPOCH
     whole = train(config, folder=tmp_path / "whole")
     train(with_training(config, steps=stop_at), folder=tmp_path / "parts")
     parts = train(config, folder=tmp_path / "parts", resume=True)
@@ -94,21 +111,21 @@ def test_a_run_in_two_parts_ends_bit_for_bit_as_in_one(
 
 @pytest.mark.parametrize("name", GATES)
 def test_so_it_does_with_every_gate(config: RunConfig, tmp_path: Path, name: str):
-    config = replace(with_training(config, steps=7), model=with_gate(config.model, name))
+    config = with_gates(with_training(config, steps=7), name)
     whole = train(config, folder=tmp_path / "whole")
     train(with_training(config, steps=3), folder=tmp_path / "parts")
     parts = train(config, folder=tmp_path / "parts", resume=True)
     assert_equal(parts, whole)
     if name == "sigmoid_topk":
-        bias = everything(whole)["model/layers.moe.moe.gate.bias"]
-        assert bias.any()
-        assert (bias % 0.5 == 0).all()
+        biases = [value for key, value in everything(whole).items() if key.endswith("moe.gate.bias")]
+        assert biases
+        assert all(bias.any() and (bias % 0.5 == 0).all() for bias in biases)
     warnings = [
         line["message"] for line in read_log(tmp_path / "whole/log.jsonl") if line["kind"] == "warning"
     ]
     assert len(warnings) == (name in ("balanced", "balanced_hierarchy", "expert_choice"))
-    text = list(load(tmp_path / "whole").score(["The 3 cats sat."]))
-    assert math.isfinite(text[0].total)
+    assert whole.evaluation is not None
+    assert math.isfinite(whole.evaluation.metrics()["loss"])
     assert all("the tokens after it" in message for message in warnings)
 
 
@@ -162,7 +179,7 @@ def test_a_nonfinite_batch_leaves_everything_as_if_it_had_not_been(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float
 ):
     """The gate's bias as well, which is no weight."""
-    config = replace(config, model=with_gate(config.model, "sigmoid_topk"))
+    config = with_gates(config, "sigmoid_topk")
     bad = {0, 5, 6, 13}
     spared = train(with_training(config, skip_batches=tuple(bad)), folder=tmp_path / "spared")
     Planted(monkeypatch, at=bad, factor=factor)
@@ -216,23 +233,29 @@ def test_several_bad_batches_in_a_row_stop_the_run_and_leave_its_checkpoint(
 
 
 def test_hopeless_training_ends_with_exit_code_4_and_one_line(
-    dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     Planted(monkeypatch, at=set(range(100)), factor=float("nan"))
-    assert main(cli(dataset, tmp_path / "run", "--training.max-nonfinite", "2")) == 4
+    assert main(cli(config, tmp_path / "run", "--training.max-nonfinite", "2")) == 4
     lines = capsys.readouterr().err.strip().splitlines()
     assert "not finite in 2 batches in a row" in lines[-1]
     assert not any("Traceback" in line for line in lines)
 
 
-def cli(dataset: Dataset, folder: Path, *more: str, steps: int = 10) -> list[str]:
+MIXTURE = "--model.{0}hidden 8 --model.{0}num-experts 4 --model.{0}k 2"
+SIZES = {
+    "language": f"small-moe-32 {MIXTURE.format('')} --batches.batch-size 2 --batches.num-steps 8",
+    "translation": f"small-translation-moe-32 {MIXTURE.format('encoder-block.')} "
+    f"{MIXTURE.format('decoder-block.')} --batches.batch-subwords 64 --model.lstm-projection 0",
+}
+
+
+def cli(config: RunConfig, folder: Path, *more: str, steps: int = 10) -> list[str]:
     """`sparsegate train` of a recipe cut down until it is tiny."""
-    sizes = "--model.width 8 --model.lstm-units 8 --model.hidden 8 --model.num-experts 4 --model.k 2"
-    course = (
-        f"--training.steps {steps} --training.checkpoint-every 5 --batches.batch-size 2 --batches.num-steps 8"
-    )
-    where = ["--data", str(dataset.directory), "--out", str(folder)]
-    return ["train", "small-moe-32", *where, *sizes.split(), *course.split(), *more]
+    task = "translation" if config.batches.kind == "parallel" else "language"
+    course = f"--model.width 8 --model.lstm-units 8 --training.steps {steps} --training.checkpoint-every 5"
+    where = ["--data", config.data, "--out", str(folder)]
+    return ["train", *SIZES[task].split(), *where, *course.split(), *more]
 
 
 @pytest.mark.parametrize(
@@ -240,10 +263,10 @@ def cli(dataset: Dataset, folder: Path, *more: str, steps: int = 10) -> list[str
     [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.nightly) for n in (signal.SIGINT, signal.SIGUSR1))],
 )
 def test_a_signal_saves_the_current_step_and_leaves_with_0(
-    dataset: Dataset, tmp_path: Path, number: signal.Signals
+    config: RunConfig, tmp_path: Path, number: signal.Signals
 ):
     folder = tmp_path / "run"
-    words = cli(dataset, folder, "--training.log-every", "1", steps=100_000)
+    words = cli(config, folder, "--training.log-every", "1", steps=100_000)
     process = subprocess.Popen(
         [sys.executable, "-m", "sparsegate", *words], stderr=subprocess.PIPE, text=True
     )
@@ -273,20 +296,22 @@ def test_the_best_checkpoint_and_the_newest_are_kept(config: RunConfig, tmp_path
     assert set(saved_steps(tmp_path / "run")) == {24, best}
 
 
-def test_frozen_parameters_stay_and_the_others_learn(config: RunConfig, dataset: Dataset, tmp_path: Path):
-    frozen = ("embedding.weight", "layers.lstm")
-    config = with_training(config, freeze=("layers.lstm*", "embedding.*"))
-    start = make_state(for_dataset(config, dataset)).model.state_dict()
+def test_frozen_parameters_stay_and_the_others_learn(config: RunConfig, tmp_path: Path):
+    config = with_training(config, freeze=("*layers.lstm*", "embedding.*"))
+    start = make_state(open_task(config).config).model.state_dict()
     state = train(config, folder=tmp_path / "run").state
     for name, parameter in state.model.named_parameters():
-        assert torch.equal(parameter, start[name]) == name.startswith(frozen), name
+        frozen = "layers.lstm" in name or name.startswith("embedding.")
+        assert torch.equal(parameter, start[name]) == frozen, name
         (adam,) = state.optimizers
-        assert (parameter in adam.state) != name.startswith(frozen), name
+        assert (parameter in adam.state) != frozen, name
 
 
 def test_thresholds_that_nothing_would_train_are_refused(config: RunConfig, tmp_path: Path):
-    config = replace(config, model=with_gate(config.model, "balanced"))
-    with pytest.raises(ValueError, match=r"^training.freeze: would leave layers.moe.moe.gate.log_threshold "):
+    config = with_gates(config, "balanced")
+    with pytest.raises(
+        ValueError, match=r"^training.freeze: would leave [a-z.]*layers.moe.moe.gate.log_threshold "
+    ):
         train(with_training(config, freeze=("*log_threshold",)), folder=tmp_path / "run")
     train(with_training(config, steps=2), folder=tmp_path / "first")
     again = with_training(config, steps=2, freeze=("*log_threshold",), init_from=str(tmp_path / "first"))
@@ -335,37 +360,37 @@ def test_a_run_is_not_started_twice_nor_resumed_as_another(config: RunConfig, tm
         train(config, folder=tmp_path / "run")
     with pytest.raises(ValueError, match=r"^seed \(2\) is 1 in .*config\.json"):
         train(replace(config, seed=2), folder=tmp_path / "run", resume=True)
-    changed = replace(config, model=replace(config.model, hidden=9))
-    with pytest.raises(ValueError, match=r"^model\.hidden \(9\) is 8 in .*config\.json"):
+    changed = replace(config, model=replace(config.model, dropout=0.3))
+    with pytest.raises(ValueError, match=r"^model\.dropout \(0\.3\) is 0\.2 in .*config\.json"):
         train(changed, folder=tmp_path / "run", resume=True)
 
 
-def test_a_run_is_not_resumed_on_another_dataset(config: RunConfig, tmp_path: Path):
+def test_a_run_is_not_resumed_on_another_dataset(config: RunConfig, tmp_path: Path, task: str):
     train(with_training(config, steps=2), folder=tmp_path / "run")
-    other = make_dataset(tmp_path / "other", lines=["other words", "stand here", "now"] * 50)
+    other = TINY_DATASETS[task](tmp_path / "other", lines=["other words", "stand here", "now"] * 50)
     with pytest.raises(ValueError, match="data_fingerprint"):
         train(replace(config, data=str(other.directory)), folder=tmp_path / "run", resume=True)
 
 
-def test_weights_made_with_another_vocabulary_are_refused(config: RunConfig, tmp_path: Path):
+def test_weights_made_with_another_vocabulary_are_refused(config: RunConfig, tmp_path: Path, task: str):
     train(with_training(config, steps=2), folder=tmp_path / "first")
-    lines = [line.replace("cats", "dogs") for line in LINES]
-    other = make_dataset(tmp_path / "other", lines=lines)
-    assert other.vocabulary.size == Dataset.open(Path(config.data)).vocabulary.size
+    lines = [line.swapcase() for line in LINES]
+    other = TINY_DATASETS[task](tmp_path / "other", lines=lines)
+    assert other.vocabulary.size == open_task(config).dataset.vocabulary.size
     tuned = replace(with_training(config, init_from=str(tmp_path / "first")), data=str(other.directory))
-    with pytest.raises(ValueError, match="vocabulary"):
+    with pytest.raises(ValueError, match="vocabulary|subwords"):
         train(tuned, folder=tmp_path / "second")
 
 
-def test_a_full_disk_ends_with_exit_code_3_and_the_checkpoint_before(dataset: Dataset, tmp_path: Path):
+def test_a_full_disk_ends_with_exit_code_3_and_the_checkpoint_before(config: RunConfig, tmp_path: Path):
     folder = tmp_path / "run"
-    assert main(cli(dataset, folder, steps=5)) == 0
+    assert main(cli(config, folder, steps=5)) == 0
     script = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "from sparsegate.cli.main import main;"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); sys.exit(main(sys.argv[1:]))"
     )
-    words = cli(dataset, folder, "--resume", steps=10)
+    words = cli(config, folder, "--resume", steps=10)
     process = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True)
     assert process.returncode == 3, process.stderr
     assert process.stderr.splitlines()[-1].startswith("sparsegate train:")
@@ -376,23 +401,24 @@ def test_a_full_disk_ends_with_exit_code_3_and_the_checkpoint_before(dataset: Da
     assert not list(checkpoints_of(folder).glob(".tmp-*"))
 
 
-def test_a_recurrent_model_trains_on_the_same_road(config: RunConfig, tmp_path: Path):
+def test_a_recurrent_model_trains_on_the_same_road(language: RunConfig, tmp_path: Path):
     model = RecurrentLM(vocab_size=1, width=8, lstm_units=16, lstm_projection=8, dropout=0.1, num_layers=1)
-    result = train(replace(config, model=model), folder=tmp_path / "run")
+    result = train(replace(language, model=model), folder=tmp_path / "run")
     assert result.state.progress.step == 24
 
 
 def test_state_is_carried_within_an_epoch_and_begins_anew_with_the_next(
-    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    language: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     carried: dict[int, bool] = {}
+    plain = tasks.language.language_parts
 
-    def noted(model: LanguageModel, batch: Batch, state: State, run: RunConfig) -> Gradient:
+    def noted(model: LanguageModel, batch: Batch, state: State, run: RunConfig) -> Iterator[LanguagePart]:
         carried[batch.index] = bool(state)
-        return compute_gradient(model, batch, state, run)
+        return plain(model, batch, state, run)
 
-    monkeypatch.setattr("sparsegate.training.loop.compute_gradient", noted)
-    train(replace(config, batches=SHORT_EPOCHS["stream"]), folder=tmp_path / "stream")
+    monkeypatch.setattr("sparsegate.training.tasks.language.language_parts", noted)
+    train(replace(language, batches=SHORT_EPOCHS["stream"]), folder=tmp_path / "stream")
     assert carried == {index: index % EPOCH != 0 for index in range(24)}
-    train(replace(config, batches=SHORT_EPOCHS["sentence"]), folder=tmp_path / "sentence")
+    train(replace(language, batches=SHORT_EPOCHS["sentence"]), folder=tmp_path / "sentence")
     assert carried == dict.fromkeys(range(24), False)

@@ -21,8 +21,8 @@ from sparsegate.training.run_folder import (
     saved_steps,
     write_best,
 )
-from tests.helpers.killed_runs import tiny_run
 from tests.helpers.runs import make_dataset
+from tests.helpers.tiny_runs import tiny_run
 
 
 @pytest.fixture(scope="module")

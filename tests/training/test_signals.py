@@ -19,8 +19,8 @@ from sparsegate.training.config import RunConfig
 from sparsegate.training.loop import Run, train
 from sparsegate.training.run_folder import checkpoints_of, saved_steps
 from sparsegate.training.signals import stop_requests
-from tests.helpers.killed_runs import tiny_run
 from tests.helpers.runs import make_dataset
+from tests.helpers.tiny_runs import tiny_run
 from tests.training.test_kills import assert_same_ends
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

@@ -11,11 +11,12 @@ import torch
 from sparsegate.data import Dataset
 from sparsegate.training.checkpoint import load_checkpoint
 from sparsegate.training.config import RunConfig
-from sparsegate.training.loop import make_state, train
+from sparsegate.training.loop import train
+from sparsegate.training.making import make_state
 from sparsegate.training.run_folder import for_dataset
 from sparsegate.training.state import TrainState, load_weights
-from tests.helpers.killed_runs import tiny_run
 from tests.helpers.runs import make_dataset
+from tests.helpers.tiny_runs import tiny_run
 
 Tensors = dict[str, torch.Tensor]
 

@@ -10,7 +10,9 @@ from sparsegate.models import LanguageModel, MixtureLM, build
 from sparsegate.moe.losses import importance_loss, load_loss, switch_loss, threshold_loss, z_loss
 from sparsegate.training.config import ContinuousConfig, LossConfig, RunConfig, TrainingConfig
 from sparsegate.training.noise import gate_noise
-from sparsegate.training.step import apply_gradient, balance_loss, compute_gradient
+from sparsegate.training.step import Gradient, apply_gradient, balance_loss, compute_gradient
+from sparsegate.training.tasks.language import language_parts
+from sparsegate.training.tasks.task import State
 from tests.helpers.model_cases import GATES, with_gate
 
 VOCABULARY, ROWS, STEPS = 11, 8, 5
@@ -52,6 +54,10 @@ def batch(*, padded: bool = False) -> Batch:
     )
 
 
+def gradient_of(built: LanguageModel, of: Batch, state: State, run: RunConfig) -> Gradient:
+    return compute_gradient(built, list(language_parts(built, of, state, run)), run)
+
+
 def gradients(built: LanguageModel) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in built.named_parameters() if p.grad is not None}
 
@@ -73,7 +79,7 @@ def test_micro_batches_give_the_gradient_of_the_joined_batch(micro_batches: int,
     built, of = model(), batch(padded=padded)
     run = config(micro_batches=micro_batches)
     expected = torch.autograd.grad(plain_loss(built, of, run), list(built.parameters()))
-    result = compute_gradient(built, of, {}, run)
+    result = gradient_of(built, of, {}, run)
     for (name, parameter), wanted in zip(built.named_parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, wanted, rtol=1e-9, atol=1e-12, msg=name)
     loss = plain_loss(built, of, run).item()
@@ -95,9 +101,9 @@ def test_so_they_do_with_every_gate_that_chooses_within_a_token_or_a_sequence(na
         for parameter_name, parameter in built.named_parameters():
             if "gate.w" in parameter_name or ".w_gate" in parameter_name:
                 parameter.normal_()
-    whole = compute_gradient(built, of, {}, whole_run)
+    whole = gradient_of(built, of, {}, whole_run)
     expected = gradients(built)
-    parts = compute_gradient(built, of, {}, parts_run)
+    parts = gradient_of(built, of, {}, parts_run)
     assert parts.balance == pytest.approx(whole.balance, rel=1e-12)
     assert gradients(built).keys() == expected.keys()
     for parameter_name, gradient in gradients(built).items():
@@ -124,9 +130,9 @@ def test_the_weights_of_the_losses_are_theirs():
 
 def test_the_loss_of_each_micro_batch_by_itself_is_another_loss():
     built, of = model(), batch()
-    compute_gradient(built, of, {}, config(micro_batches=4))
+    gradient_of(built, of, {}, config(micro_batches=4))
     joined = gradients(built)
-    compute_gradient(built, of, {}, config(micro_batches=4, balance="micro_batch"))
+    gradient_of(built, of, {}, config(micro_batches=4, balance="micro_batch"))
     assert not torch.allclose(
         gradients(built)["layers.moe.moe.gate.w_gate"], joined["layers.moe.moe.gate.w_gate"]
     )
@@ -139,12 +145,12 @@ def test_carried_state_goes_with_its_rows_however_they_are_split():
         name: (torch.randn(1, ROWS, 6, dtype=torch.float64), torch.randn(1, ROWS, 6, dtype=torch.float64))
         for name in ("lstm1", "lstm2")
     }
-    whole = compute_gradient(built, of, state, config())
+    whole = gradient_of(built, of, state, config())
     expected = gradients(built)
-    parts = compute_gradient(built, of, state, config(micro_batches=3))
+    parts = gradient_of(built, of, state, config(micro_batches=3))
     for name, gradient in gradients(built).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12, msg=name)
-    assert compute_gradient(built, of, {}, config()).nll != pytest.approx(whole.nll, rel=1e-6)
+    assert gradient_of(built, of, {}, config()).nll != pytest.approx(whole.nll, rel=1e-6)
     for name, pair in whole.state.items():
         for one, other in zip(pair, parts.state[name], strict=True):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
@@ -163,17 +169,17 @@ def test_with_dropout_the_second_pass_repeats_the_first_bit_for_bit(monkeypatch:
         return output
 
     monkeypatch.setattr(LanguageModel, "forward", forward)
-    result = compute_gradient(built, batch(), {}, config(micro_batches=2))
+    result = gradient_of(built, batch(), {}, config(micro_batches=2))
     assert [with_graph for with_graph, _ in seen] == [False, False, True, True]
     assert torch.equal(seen[0][1], seen[2][1])
     assert torch.equal(seen[1][1], seen[3][1])
-    again = compute_gradient(built, batch(), {}, config(micro_batches=2))
+    again = gradient_of(built, batch(), {}, config(micro_batches=2))
     assert (again.nll, again.balance, again.norm) == (result.nll, result.balance, result.norm)
 
 
 def test_the_gradient_is_the_slope_of_the_loss():
     built, of, run = model(), batch(padded=True), config(micro_batches=2)
-    compute_gradient(built, of, {}, run)
+    gradient_of(built, of, {}, run)
     for parameter in (built.layers["moe"].moe.gate.w_noise, built.layers["lstm1"].lstm.weight_hh_l0):
         direction = torch.randn_like(parameter)
         with torch.no_grad():
@@ -189,13 +195,13 @@ def test_the_gradient_is_the_slope_of_the_loss():
 def test_nothing_but_the_gradient_changes():
     built = model()
     before = {name: value.clone() for name, value in built.state_dict().items()}
-    compute_gradient(built, batch(), {}, config(micro_batches=2))
+    gradient_of(built, batch(), {}, config(micro_batches=2))
     assert all(torch.equal(value, before[name]) for name, value in built.state_dict().items())
 
 
 def test_what_stands_in_padding_has_no_influence():
     built, of = model(), batch(padded=True)
-    compute_gradient(built, of, {}, config())
+    gradient_of(built, of, {}, config())
     expected = gradients(built)
     other = torch.randint(VOCABULARY, of.input_BS.shape)
     changed = replace(
@@ -203,7 +209,7 @@ def test_what_stands_in_padding_has_no_influence():
         input_BS=torch.where(of.mask_BS, of.input_BS, other),
         target_BS=torch.where(of.mask_BS, of.target_BS, 0),
     )
-    compute_gradient(built, changed, {}, config())
+    gradient_of(built, changed, {}, config())
     for name, gradient in gradients(built).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-12, atol=1e-15, msg=name)
 
@@ -219,13 +225,13 @@ def test_the_gates_noise_does_not_depend_on_the_split():
 
 def test_half_precision_stays_close():
     built, of = model(torch.float32), batch()
-    exact = compute_gradient(built, of, {}, config()).nll
-    assert compute_gradient(built, of, {}, config(precision="bfloat16")).nll == pytest.approx(exact, rel=0.02)
+    exact = gradient_of(built, of, {}, config()).nll
+    assert gradient_of(built, of, {}, config(precision="bfloat16")).nll == pytest.approx(exact, rel=0.02)
 
 
 def test_a_gradient_is_applied_clipped_at_its_norm():
     built = model()
-    gradient = compute_gradient(built, batch(), {}, config())
+    gradient = gradient_of(built, batch(), {}, config())
     expected = {
         name: p.detach() - 0.5 * p.grad * min(1.0, 0.01 / gradient.norm)
         for name, p in built.named_parameters()

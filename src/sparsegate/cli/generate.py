@@ -8,8 +8,8 @@ from dataclasses import asdict
 from itertools import chain
 
 from ..decoding import Generated, Sampling, generate, stream
-from ..recipes.load import LanguageRun
-from .trained import add_run, lines_as_they_come, load_run
+from ..recipes.language_run import LanguageRun
+from .trained import add_run, lines_as_they_come, load_language_run
 from .verb import Parser, Verb
 
 EXAMPLE = """
@@ -84,7 +84,7 @@ def run(args: Namespace) -> int:
         if value < 1:
             raise ValueError(f"{name} ({value}) must be at least 1")
     _check_encodable([*(args.prompt or []), *args.stop])
-    trained = load_run(args)
+    trained = load_language_run(args)
     if args.prompt and len(args.prompt) == args.samples == 1 and not args.json:
         _write_at_once(trained, args.prompt[0], sampling)
         return 0

@@ -17,8 +17,9 @@ from .verb import Verb, parse
 VERBS = {
     "prepare": "Turn text into a dataset to train on.",
     "train": "Train a model, or go on with a run.",
-    "evaluate": "Measure perplexity and bits per byte of a run.",
+    "evaluate": "Measure perplexity of a run, bits per byte, or BLEU.",
     "generate": "Let a trained model write.",
+    "translate": "Let a trained translation model translate.",
     "score": "Print the log-probability of each sentence and token.",
     "plan": "Count the parameters and operations of a model without building it.",
     "conform": "Try the paper's laws on a mixture-of-experts layer of any origin.",

@@ -14,9 +14,8 @@ from ..models import FeedForwardLM, MixtureLM, RecurrentLM
 from ..models.memory import BFLOAT16, FLOAT32, Memory, Method, training_memory
 from ..recipes.cluster import Machine, gibibytes, lay_out, rows_per_expert
 from ..recipes.planner import multiply_adds_per_number, plan
-from ..recipes.registry import RECIPES, TRANSLATION_RECIPES, planned_recipe
-from ..recipes.translation import TranslationRecipe
-from ..training.config import ContinuousConfig, RunConfig
+from ..recipes.registry import RECIPES, recipe
+from ..training.config import ContinuousConfig, RunConfig, SentencesConfig
 from .verb import Parser, Verb
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ def quantity(text: str) -> float:
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("name", help=f"recipe: {', '.join([*RECIPES, *TRANSLATION_RECIPES])}")
+    parser.add_argument("name", help=f"recipe: {', '.join(RECIPES)}")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     method = parser.add_argument_group("how a language model is trained, beside its configuration")
     method.add_argument(
@@ -71,9 +70,9 @@ def add_arguments(parser: Parser) -> None:
         )
 
 
-def config(args: Namespace) -> RunConfig | TranslationRecipe | None:
+def config(args: Namespace) -> RunConfig | None:
     name = getattr(args, "name", None)
-    return None if name is None else planned_recipe(name)
+    return None if name is None else recipe(name)
 
 
 def run(args: Namespace) -> int:
@@ -137,6 +136,7 @@ def batch_tokens(config: RunConfig) -> int:
     batches = config.batches
     if isinstance(batches, ContinuousConfig):
         return batches.batch_size * batches.num_steps
+    assert isinstance(batches, SentencesConfig)
     return batches.batch_words
 
 

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..decoding import Sampling
-from ..recipes.load import load
+from ..recipes.load import load, require_language
 from ..recipes.quickstart import FULL, SHORT, Row, compare, corpus, dense, mixture
 from .prepare import progress_bar
 from .verb import Parser, Verb
@@ -84,7 +84,7 @@ def _table(rows: list[Row]) -> Table:
 
 def _write(row: Row, console: Console) -> None:
     sampling = Sampling(max_tokens=60, temperature=0.7, top_p=0.95, stop=(), seed=1)
-    for written in load(row.folder).generate(_PROMPTS, sampling=sampling):
+    for written in require_language(load(row.folder)).generate(_PROMPTS, sampling=sampling):
         console.print(f"[bold]{written.prompt}[/]", end="", highlight=False)
         console.print(written.text, highlight=False, markup=False)
         console.print()

@@ -6,7 +6,7 @@ from argparse import Namespace
 
 from ..data import Vocabulary
 from ..decoding import Scored, score_lines
-from .trained import add_run, lines_as_they_come, load_run
+from .trained import add_run, lines_as_they_come, load_language_run
 from .verb import Parser, Verb
 
 EXAMPLE = """
@@ -29,7 +29,7 @@ sentence, its number of tokens (the end of the sentence is one of them), and the
 
 
 def run(args: Namespace) -> int:
-    trained = load_run(args)
+    trained = load_language_run(args)
     for lines in lines_as_they_come():
         for scored in score_lines(trained.model, trained.vocabulary, lines):
             print(_per_token(scored, trained.vocabulary) if args.per_token else _per_line(scored))

@@ -16,8 +16,16 @@ EXAMPLE = """
 sparsegate train small-moe-32 --data datasets/book --out runs/book
 sparsegate train small-moe-32 --data datasets/book --out runs/book --resume
 sparsegate train small-moe-32 --data datasets/book --out runs/64 --model.num-experts 64 --training.steps 4000
+sparsegate train small-translation-moe-32 --data datasets/en-de --out runs/en-de
 sparsegate train small-moe-32 --data datasets/more --out runs/tuned --training.init-from runs/book
 """
+
+# What else to do with a run, by the kind of its batches.
+_USES = {
+    "continuous": "sparsegate generate {} --prompt TEXT",
+    "sentences": "sparsegate generate {} --prompt TEXT",
+    "parallel": "sparsegate translate {} < TEXT",
+}
 
 
 def add_arguments(parser: Parser) -> None:
@@ -55,8 +63,7 @@ def _summary(result: TrainResult) -> str:
     skipped = f", {progress.skipped} batches skipped as not finite" if progress.skipped else ""
     return (
         f"{progress.step:,} steps, {progress.tokens:,} tokens{skipped}; best at step {progress.best_step:,}\n"
-        f"sparsegate evaluate {folder} --split valid\n"
-        f"sparsegate generate {folder} --prompt TEXT"
+        f"sparsegate evaluate {folder} --split valid\n{_USES[result.config.batches.kind].format(folder)}"
     )
 
 

@@ -3,10 +3,16 @@
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from ..recipes.load import LanguageRun, load
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..recipes.language_run import LanguageRun
+from ..recipes.load import load, require_language, require_translation
+from ..recipes.translation_run import TranslationRun
 from .verb import Parser
 
 _READ_BYTES = 1 << 20
@@ -24,7 +30,7 @@ def add_run(parser: Parser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
 
 
-def load_run(args: Namespace) -> LanguageRun:
+def load_run(args: Namespace) -> LanguageRun | TranslationRun:
     checkpoint = int(args.checkpoint) if args.checkpoint.isdecimal() else args.checkpoint
     trained = load(args.run, checkpoint=checkpoint, device=args.device, warn=warn)
     if trained.model.sees_later_tokens():
@@ -36,40 +42,66 @@ def load_run(args: Namespace) -> LanguageRun:
     return trained
 
 
+def load_language_run(args: Namespace) -> LanguageRun:
+    return require_language(load_run(args))
+
+
+def load_translation_run(args: Namespace) -> TranslationRun:
+    return require_translation(load_run(args))
+
+
+@contextmanager
+def progress_bar(activity: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error, if that is a terminal, for what is told how much is done, and of how much."""
+    console = Console(stderr=True)
+    columns = (TextColumn(activity), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(activity, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
 def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
-def lines_as_they_come() -> Iterator[list[str]]:
-    """The lines of standard input, without line ends, in batches of those that can be had without waiting.
+def lines_as_they_come(path: Path | None = None) -> Iterator[list[str]]:
+    """The lines of a file, without line ends, in batches of those that can be had without waiting.
+
+    path: None is standard input.
 
     Lines end as in `data.text`. A program that writes a line and waits for the answer gets it.
 
     Raises:
         ValueError: names the line that is no UTF-8, holds NUL or is too long; the lines before it came first.
     """
-    if sys.stdin is None:
+    if path is not None:
+        with path.open("rb") as file:
+            yield from _lines(file.fileno(), str(path))
+    elif sys.stdin is None:
         raise ValueError("standard input: is closed; give text on it")
+    else:
+        yield from _lines(sys.stdin.fileno(), "standard input")
+
+
+def _lines(descriptor: int, name: str) -> Iterator[list[str]]:
     number, pending = 1, b""
-    while block := os.read(sys.stdin.fileno(), _READ_BYTES):
+    while block := os.read(descriptor, _READ_BYTES):
         *complete, pending = (pending + block).split(b"\n")
-        yield from _decoded(complete, number)
+        yield from _decoded(complete, name, number)
         number += len(complete)
         if len(pending) > _MAX_LINE_BYTES:
-            raise ValueError(
-                f"standard input, line {number}: longer than {_MAX_LINE_BYTES:,} bytes; break it"
-            )
+            raise ValueError(f"{name}, line {number}: longer than {_MAX_LINE_BYTES:,} bytes; break it")
     if pending:
-        yield from _decoded([pending], number)
+        yield from _decoded([pending], name, number)
 
 
-def _decoded(lines: list[bytes], number: int) -> Iterator[list[str]]:
+def _decoded(lines: list[bytes], name: str, number: int) -> Iterator[list[str]]:
     """The lines in one batch, which are the first of a line that cannot be decoded and of those after it."""
     decoded: list[str] = []
     problem = None
     for line in lines:
         try:
-            decoded.append(_decode(line, number + len(decoded)))
+            decoded.append(_decode(line, name, number + len(decoded)))
         except ValueError as error:
             problem = error
             break
@@ -79,8 +111,8 @@ def _decoded(lines: list[bytes], number: int) -> Iterator[list[str]]:
         raise problem
 
 
-def _decode(line: bytes, number: int) -> str:
-    where = f"standard input, line {number}"
+def _decode(line: bytes, name: str, number: int) -> str:
+    where = f"{name}, line {number}"
     if b"\0" in line:
         raise ValueError(f"{where}: a NUL byte; is it a binary file?")
     try:

@@ -3,6 +3,9 @@
 from .beam_search import BeamSearch as BeamSearch
 from .beam_search import beam_search as beam_search
 from .choice import Sampling as Sampling
+from .lines import Decoding as Decoding
+from .lines import LineTranslator as LineTranslator
+from .lines import Translation as Translation
 from .sampling import Generated as Generated
 from .sampling import generate as generate
 from .sampling import stream as stream

@@ -57,6 +57,19 @@ class BeamSearch:
         """lp(Y) of a length, or of an array of lengths."""
         return ((5 + length) / 6) ** self.length_penalty
 
+    def translations(
+        self,
+        model: TranslationModel,
+        sources: Sequence[Sequence[int]],
+        *,
+        tokens: TargetTokens,
+        numbers: Sequence[int],
+        max_positions: int,
+    ) -> list[list[Hypothesis]]:
+        """See `beam_search`. numbers: are of no use to it."""
+        max_tokens = max_positions * self.beam_size
+        return beam_search(model, sources, tokens=tokens, search=self, max_tokens=max_tokens)
+
 
 def beam_search(
     model: TranslationModel,

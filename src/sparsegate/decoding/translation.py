@@ -29,6 +29,21 @@ class TranslationSampling:
     def __post_init__(self) -> None:
         require_drawing(self)
 
+    def translations(
+        self,
+        model: TranslationModel,
+        sources: Sequence[Sequence[int]],
+        *,
+        tokens: TargetTokens,
+        numbers: Sequence[int],
+        max_positions: int,
+    ) -> list[list[Hypothesis]]:
+        """See `sample_translations`; one of each source."""
+        found = sample_translations(
+            model, sources, tokens=tokens, sampling=self, numbers=numbers, max_tokens=max_positions
+        )
+        return [[hypothesis] for hypothesis in found]
+
 
 @dataclass(kw_only=True)
 class _Row:
@@ -53,14 +68,15 @@ def sample_translations(
     *,
     tokens: TargetTokens,
     sampling: TranslationSampling,
+    numbers: Sequence[int] | None = None,
     max_tokens: int = 4096,
     keep_attention: bool = False,
 ) -> list[Hypothesis]:
     """One translation of each source, by greedy choice or drawn; its score is its log-probability.
 
-    sources: token ids; one may be empty. max_tokens: source positions that are translated at once, with
-    padding. A translation depends on its source, its number among the sources and `sampling`, not on the
-    others.
+    sources: token ids; one may be empty. numbers: of the sources; None counts them from 0. max_tokens: source
+    positions that are translated at once, with padding. A translation depends on its source, its number and
+    `sampling`, not on the others.
 
     Raises:
         ValueError: the model's output is not finite, or a gate of it chooses over the batch.
@@ -72,7 +88,7 @@ def sample_translations(
                 number=number,
                 num_source_tokens=len(sources[number]),
                 max_length=sampling.max_length.of(len(sources[number])),
-                draws=np.random.PCG64([sampling.seed, number]),
+                draws=np.random.PCG64([sampling.seed, number if numbers is None else numbers[number]]),
             )
             for number in group
         ]

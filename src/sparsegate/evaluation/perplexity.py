@@ -8,12 +8,12 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils import _pytree as pytree
 
 from ..decoding.inference import evaluation_mode
 from ..decoding.likelihood import groups_by_length, likelihoods, row_batches
 from ..models.language_model import LanguageModel
 from ..moe.routing import BalanceSums
+from .sums import add_exactly
 from .text import Text
 
 _SORTED_AT_ONCE = 1 << 12
@@ -106,7 +106,7 @@ def evaluate(
             batches = row_batches(rows, first_inputs=first_inputs, num_steps=steps)
             for likelihood in likelihoods(model, batches):
                 nll_nats += float(likelihood.nll_BS.sum(dtype=torch.float64))
-                sums = _added(sums, likelihood.sums)
+                sums = add_exactly(sums, likelihood.sums)
                 if progress is not None:
                     progress(likelihood.num_tokens)
     return Evaluation(
@@ -143,16 +143,6 @@ def _sentences(text: Text, max_tokens: int) -> Iterator[_Rows]:
         for group in groups_by_length([len(row) for row in rows], max_tokens=max_tokens):
             yield [rows[index] for index in group], [text.end_id] * len(group)
         start = int(end_N[-1])
-
-
-def _added(total: dict[str, BalanceSums], sums: dict[str, BalanceSums]) -> dict[str, BalanceSums]:
-    """In float64, outside of inference mode, so that the result is an ordinary tensor."""
-    exact = {name: pytree.tree_map(_exact, part) for name, part in sums.items()}
-    return {name: total[name] + part if total else part for name, part in exact.items()}
-
-
-def _exact(value: torch.Tensor) -> torch.Tensor:
-    return value.to(torch.float64 if value.is_floating_point() else value.dtype, copy=True)
 
 
 def _exp(value: float) -> float:

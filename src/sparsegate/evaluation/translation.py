@@ -5,14 +5,13 @@ one line: line ends and other control characters in it are spaces, and white spa
 """
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+from ..data.parallel.cleaning import one_line
 
 # Without spaces between words, an n-gram of "words" would be one of sentences.
 _TOKENIZERS = {"zh": "zh", "ja": "char", "ko": "char", "th": "char"}
@@ -116,8 +115,8 @@ def score(
         scores.append(
             Score(
                 name=result.name,
-                value=result.score,
-                interval=result._ci if resamples else None,
+                value=float(result.score),
+                interval=float(result._ci) if resamples else None,
                 signature=str(metric.get_signature()),
             )
         )
@@ -154,9 +153,9 @@ def compare(
     return [
         Comparison(
             name=name,
-            baseline=first.score,
-            system=second.score,
-            p_value=second.p_value,
+            baseline=float(first.score),
+            system=float(second.score),
+            p_value=float(second.p_value),
             signature=str(signatures[name]),
         )
         for name, (first, second) in results.items()
@@ -164,9 +163,9 @@ def compare(
     ]
 
 
-def one_line(text: str) -> str:
-    """`text` as one line: control characters and line ends become spaces, and white space at its end goes."""
-    return _CONTROL.sub(" ", text).rstrip()
+def require_scores() -> None:
+    """ValueError if sacrebleu is not installed."""
+    _imported("sacrebleu.metrics")
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:

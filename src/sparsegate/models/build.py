@@ -1,17 +1,42 @@
 """From a config to a model."""
 
+from typing import overload
+
 import torch
 
 from .config import FeedForwardLM, LanguageModelConfig, MixtureLM
 from .language_model import LanguageModel
 from .layers import Dense, Layer, Mixture, Recurrent
 from .mixture import build_mixture
+from .translation.build import build_translation
+from .translation.config import Translation
+from .translation.model import TranslationModel
+
+ModelConfig = LanguageModelConfig | Translation
 
 
+@overload
 def build(
     config: LanguageModelConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-) -> LanguageModel:
+) -> LanguageModel: ...
+@overload
+def build(
+    config: Translation, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> TranslationModel: ...
+def build(
+    config: ModelConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> LanguageModel | TranslationModel:
     """Build the model, freshly initialised; on the device "meta" without allocating its weights."""
+    match config:
+        case Translation():
+            return build_translation(config, device=device, dtype=dtype)
+        case _:
+            return _language_model(config, device=device, dtype=dtype)
+
+
+def _language_model(
+    config: LanguageModelConfig, *, device: torch.device | str | None, dtype: torch.dtype | None
+) -> LanguageModel:
 
     def recurrent() -> Recurrent:
         return Recurrent(

@@ -52,6 +52,10 @@ class Common:
                 f"connections; set model.lstm-projection {self.width} or model.lstm-units {self.width}"
             )
 
+    def gates(self) -> tuple[GateConfig, ...]:
+        """Of all mixtures in the model."""
+        return ()
+
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureLM(Common):
@@ -79,6 +83,9 @@ class MixtureLM(Common):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_mixture(self, where="model.")
+
+    def gates(self) -> tuple[GateConfig, ...]:
+        return (self.gate,)
 
 
 @dataclass(frozen=True, kw_only=True)

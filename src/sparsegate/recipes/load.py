@@ -1,101 +1,22 @@
-"""`sparsegate.load(RUN)`: the trained model of a run, ready to score, write and be measured."""
+"""`sparsegate.load(RUN)`: the trained model of a run."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from ..data import Dataset, Vocabulary, load_vocabulary
-from ..decoding import Generated, Sampling, Scored, generate, score
-from ..evaluation import Evaluation, Part, evaluate, part_of
+from ..data import load_vocabulary
+from ..data.joint_subwords import JointSubwords
 from ..models import LanguageModel, build
+from ..models.translation import TranslationModel
 from ..training.checkpoint import checkpoint_name, latest_checkpoint, load_checkpoint
 from ..training.config import RunConfig
-from ..training.loop import resolve_device
+from ..training.making import resolve_device
 from ..training.run_folder import VOCABULARY, checkpoints_of, read_best, read_run_config
 from ..training.state import load_weights
-
-
-@dataclass(frozen=True, kw_only=True)
-class LanguageRun:
-    """A trained language model, in evaluation mode, with its vocabulary and how it came about.
-
-    step: of the checkpoint that the weights are from.
-    """
-
-    folder: Path
-    config: RunConfig
-    vocabulary: Vocabulary
-    model: LanguageModel
-    step: int
-
-    def score(self, lines: Iterable[str]) -> Iterator[Scored]:
-        """Log-probability of each line and its tokens; see `decoding.score`."""
-        return score(self.model, self.vocabulary, _several("lines", lines))
-
-    def generate(
-        self, prompts: Iterable[str], *, sampling: Sampling | None = None, batch_size: int = 32
-    ) -> Iterator[Generated]:
-        """How each prompt goes on; see `decoding.generate`. sampling: None is `Sampling()`."""
-        return generate(
-            self.model,
-            self.vocabulary,
-            _several("prompts", prompts),
-            sampling=sampling or Sampling(),
-            batch_size=batch_size,
-        )
-
-    def evaluate(
-        self,
-        split: str = "test",
-        *,
-        data: Path | str | None = None,
-        part: Part = "all",
-        batch_size: int = 16,
-        num_steps: int = 64,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> Evaluation:
-        """Measure the model on a split of a dataset, with the context that it was trained with.
-
-        data: the dataset. None: the one it was trained on. part: of the split. batch_size, num_steps: see
-        `evaluation.evaluate`; with these defaults the result is the one that training reports. progress: is
-        told the tokens done and all tokens.
-
-        Raises:
-            ValueError, OSError: the dataset is damaged, absent or made with another vocabulary.
-        """
-        dataset = self._dataset(data)
-        token_file = dataset.split(split)
-        token_file.verify(vocabulary_size=self.vocabulary.size)
-        text = part_of(token_file, dataset.vocabulary, part)
-        done = 0
-
-        def advance(num_tokens: int) -> None:
-            nonlocal done
-            done += num_tokens
-            if progress is not None:
-                progress(done, len(text.token_N))
-
-        return evaluate(
-            self.model,
-            text,
-            batch_size=batch_size,
-            num_steps=num_steps,
-            unknown_id=self.vocabulary.unknown_id,
-            context=self.config.batches.context,
-            progress=advance,
-        )
-
-    def _dataset(self, data: Path | str | None) -> Dataset:
-        if data is None and not Path(self.config.data).is_dir():
-            raise ValueError(
-                f"{self.config.data}: the dataset that {self.folder} was trained on is not there; give --data"
-            )
-        dataset = Dataset.open(Path(self.config.data if data is None else data))
-        dataset.require_vocabulary(self.vocabulary)
-        return dataset
+from .language_run import LanguageRun
+from .translation_run import TranslationRun
 
 
 def load(
@@ -104,7 +25,7 @@ def load(
     checkpoint: str | int = "best",
     device: str = "auto",
     warn: Callable[[str], None] = warnings.warn,
-) -> LanguageRun:
+) -> LanguageRun | TranslationRun:
     """Load the model that `sparsegate train` left in a folder.
 
     checkpoint: "best" by validation loss (the last where none was measured), "last", or a step of which
@@ -124,14 +45,31 @@ def load(
         )
     path = _checkpoint(folder, checkpoint, warn)
     loaded = load_checkpoint(path)
-    model = _model(config, loaded.tensors["model"], path)
-    return LanguageRun(
-        folder=folder,
-        config=config,
-        vocabulary=vocabulary,
-        model=model.to(resolve_device(device)),
-        step=loaded.step,
-    )
+    model = _model(config, loaded.tensors["model"], path).to(resolve_device(device))
+    if not isinstance(model, TranslationModel):
+        return LanguageRun(folder=folder, config=config, vocabulary=vocabulary, model=model, step=loaded.step)
+    if not isinstance(vocabulary, JointSubwords):
+        raise ValueError(
+            f"{folder / VOCABULARY}: {vocabulary.kind}, but translation needs {JointSubwords.kind}; restore "
+            "the vocabulary that the run was trained with"
+        )
+    return TranslationRun(folder=folder, config=config, vocabulary=vocabulary, model=model, step=loaded.step)
+
+
+def require_language(run: LanguageRun | TranslationRun) -> LanguageRun:
+    """The run of a language model. ValueError for another."""
+    if not isinstance(run, LanguageRun):
+        cure = "give one of a language model, or use `sparsegate translate`"
+        raise ValueError(f"{run.folder}: is the run of a translation model; {cure}")
+    return run
+
+
+def require_translation(run: LanguageRun | TranslationRun) -> TranslationRun:
+    """The run of a translation model. ValueError for another."""
+    if not isinstance(run, TranslationRun):
+        cure = "give one of a translation model, or use `sparsegate generate`"
+        raise ValueError(f"{run.folder}: is the run of a language model; {cure}")
+    return run
 
 
 def _checkpoint(folder: Path, which: str | int, warn: Callable[[str], None]) -> Path:
@@ -148,7 +86,9 @@ def _checkpoint(folder: Path, which: str | int, warn: Callable[[str], None]) -> 
     return path
 
 
-def _model(config: RunConfig, weights: dict[str, torch.Tensor], path: Path) -> LanguageModel:
+def _model(
+    config: RunConfig, weights: dict[str, torch.Tensor], path: Path
+) -> LanguageModel | TranslationModel:
     """The model in evaluation mode. What the configuration says is compared before memory is taken for it."""
     model = build(config.model, device="meta")
     described = sum(tensor.numel() for tensor in model.state_dict().values())
@@ -164,10 +104,3 @@ def _model(config: RunConfig, weights: dict[str, torch.Tensor], path: Path) -> L
     model.to_empty(device="cpu")
     load_weights(model, weights, where=str(path))
     return model.eval()
-
-
-def _several(name: str, texts: Iterable[str]) -> Iterable[str]:
-    """`texts`, unless they are one text, whose characters would be taken for texts."""
-    if isinstance(texts, str):
-        raise ValueError(f"{name}: is one text; give a list of texts")
-    return texts

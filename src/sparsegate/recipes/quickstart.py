@@ -14,8 +14,8 @@ from ..models import FeedForwardLM
 from ..training.config import RunConfig, TrainingConfig
 from ..training.log import read_log
 from ..training.loop import train
-from .load import load
-from .planner import Plan, plan
+from .load import load, require_language
+from .planner import Plan, TranslationPlan, plan
 from .small import small_moe_1_wide, small_moe_32
 
 
@@ -72,7 +72,7 @@ class Row:
 
     name: str
     folder: Path
-    plan: Plan
+    plan: Plan | TranslationPlan
     evaluation: Evaluation
     tokens_per_second: float
     balance: dict[str, float]
@@ -83,7 +83,7 @@ def compare(config: RunConfig, *, data: Path, folder: Path, console: Console) ->
     config = replace(config, data=str(data))
     if train(config, folder=folder, resume=True, console=console).stopped_by:
         return None
-    run = load(folder)
+    run = require_language(load(folder))
     evaluation = run.evaluate("test")
     speeds = [
         line["train/tokens_per_second"] for line in read_log(folder / "log.jsonl") if line["kind"] == "step"

@@ -1,11 +1,10 @@
 """All recipes by name."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 from ..training.config import RunConfig
 from ..training.overrides import did_you_mean
-from . import news, paper, small, translation
-from .translation import TranslationRecipe
+from . import news, paper, small, small_translation, translation
 
 _FUNCTIONS: tuple[Callable[[], RunConfig], ...] = (
     paper.moe_4,
@@ -41,10 +40,6 @@ _FUNCTIONS: tuple[Callable[[], RunConfig], ...] = (
     small.small_moe_1_deep,
     small.small_4xlstm,
     small.small_lstm,
-)
-RECIPES: dict[str, Callable[[], RunConfig]] = {function().name: function for function in _FUNCTIONS}
-
-_TRANSLATION_FUNCTIONS: tuple[Callable[[], TranslationRecipe], ...] = (
     translation.translation_lstm,
     translation.translation_dense,
     translation.translation_moe_32,
@@ -53,31 +48,20 @@ _TRANSLATION_FUNCTIONS: tuple[Callable[[], TranslationRecipe], ...] = (
     translation.translation_gnmt,
     translation.multilingual_dense,
     translation.multilingual_moe_512,
+    small_translation.small_translation_lstm,
+    small_translation.small_translation_dense,
+    small_translation.small_translation_moe_32,
+    small_translation.small_translation_moe_32_noisy,
+    small_translation.small_translation_moe_256_h,
+    small_translation.small_multilingual_dense,
+    small_translation.small_multilingual_moe_64,
 )
-TRANSLATION_RECIPES: dict[str, Callable[[], TranslationRecipe]] = {
-    function().name: function for function in _TRANSLATION_FUNCTIONS
-}
+RECIPES: dict[str, Callable[[], RunConfig]] = {function().name: function for function in _FUNCTIONS}
 
 
 def recipe(name: str) -> RunConfig:
     """The configuration of a named run. ValueError for a name that is none."""
-    if name in TRANSLATION_RECIPES:
-        raise ValueError(
-            f"{name}: translation models cannot be trained yet; `sparsegate plan {name}` tells what it costs"
-        )
     if name not in RECIPES:
-        raise _unknown(name, RECIPES)
+        known = ", ".join(RECIPES)
+        raise ValueError(f"{name}: no such recipe{did_you_mean(name, RECIPES)} (there are: {known})")
     return RECIPES[name]()
-
-
-def planned_recipe(name: str) -> RunConfig | TranslationRecipe:
-    """What can be planned under a name: a run, or a translation model. ValueError for a name that is none."""
-    if name in TRANSLATION_RECIPES:
-        return TRANSLATION_RECIPES[name]()
-    if name not in RECIPES:
-        raise _unknown(name, [*RECIPES, *TRANSLATION_RECIPES])
-    return recipe(name)
-
-
-def _unknown(name: str, known: Collection[str]) -> ValueError:
-    return ValueError(f"{name}: no such recipe{did_you_mean(name, known)} (there are: {', '.join(known)})")

@@ -1,14 +1,13 @@
 """The translation models of the paper (sections 5.3 and 5.4, appendix E), and dense ones to compare with.
 
-They can be planned; training them is not there yet. The paper leaves open the number of groups of the
-hierarchies, the width of attention and whether the encoder reads in both directions
-(`docs/decisions/0012-translation-models.md`). It has two embedding tables and a softmax.
+The paper leaves open the number of groups of the hierarchies, the width of attention, whether the encoder
+reads in both directions (`docs/decisions/0012-translation-models.md`), the learning rate and the number of
+steps. It has two embedding tables and a softmax.
 """
-
-from dataclasses import dataclass, field
 
 from ..models.gates import BalancedGate, HierarchicalGate, NoisyTopKGate
 from ..models.translation import BlockConfig, DenseBlock, MixtureBlock, NoBlock, Translation
+from ..training.config import LossConfig, OptimConfig, ParallelConfig, RunConfig, TrainingConfig
 
 VOCABULARY = 32_768  # subwords of both languages; a dataset brings its own
 WIDTH = 512
@@ -17,15 +16,19 @@ EXPERT = 2048
 DROPOUT = 0.4  # of the models of a single pair
 
 
-@dataclass(frozen=True, kw_only=True)
-class TranslationRecipe:
-    """A named translation model."""
+def _run(name: str, model: Translation) -> RunConfig:
+    """Appendix E's training: a rate that rises for 2,000 steps, stays for 8,000 and then falls."""
+    return RunConfig(
+        name=name,
+        model=model,
+        batches=ParallelConfig(batch_subwords=16_000),
+        losses=LossConfig(importance=0.01, load=0.01),
+        optim=OptimConfig(warmup_steps=2000, constant_steps=8000),
+        training=TrainingConfig(steps=100_000),
+    )
 
-    name: str = field(metadata={"doc": "of the recipe"})
-    model: Translation = field(metadata={"doc": "the model"})
 
-
-def _model(name: str, block: BlockConfig, *, dropout: float = DROPOUT) -> TranslationRecipe:
+def _model(name: str, block: BlockConfig, *, dropout: float = DROPOUT) -> RunConfig:
     """LSTMs of 2048 units, projected to 512, three in the encoder and two in the decoder."""
     model = Translation(
         vocab_size=VOCABULARY,
@@ -38,54 +41,54 @@ def _model(name: str, block: BlockConfig, *, dropout: float = DROPOUT) -> Transl
         attention_width=WIDTH,
         share_embedding=False,
     )
-    return TranslationRecipe(name=name, model=model)
+    return _run(name, model)
 
 
-def _hierarchy(num_experts: int, *, num_groups: int) -> TranslationRecipe:
+def _hierarchy(num_experts: int, *, num_groups: int) -> RunConfig:
     """Strictly balanced at both levels; two groups, and two experts in each, per token on average."""
     gate = HierarchicalGate(num_groups=num_groups, primary="balanced", secondary="balanced")
     block = MixtureBlock(num_experts=num_experts, k=4, hidden=EXPERT, gate=gate)
     return _model(f"translation-moe-{num_experts}-h", block)
 
 
-def translation_lstm() -> TranslationRecipe:
+def translation_lstm() -> RunConfig:
     """No mixtures."""
     return _model("translation-lstm", NoBlock())
 
 
-def translation_dense() -> TranslationRecipe:
+def translation_dense() -> RunConfig:
     """A feed-forward layer in the place of each mixture, with as many multiply-adds."""
     return _model("translation-dense", DenseBlock(hidden=4 * EXPERT))
 
 
-def translation_moe_32() -> TranslationRecipe:
+def translation_moe_32() -> RunConfig:
     """32 experts, four of them active per token on average, strictly balanced."""
     block = MixtureBlock(num_experts=32, k=4, hidden=EXPERT, gate=BalancedGate())
     return _model("translation-moe-32", block)
 
 
-def translation_moe_512_h() -> TranslationRecipe:
+def translation_moe_512_h() -> RunConfig:
     """512 experts in 32 groups."""
     return _hierarchy(512, num_groups=32)
 
 
-def translation_moe_2048_h() -> TranslationRecipe:
+def translation_moe_2048_h() -> RunConfig:
     """2,048 experts in 64 groups: the model of the paper's tables 2 to 4."""
     return _hierarchy(2048, num_groups=64)
 
 
-def multilingual_moe_512() -> TranslationRecipe:
+def multilingual_moe_512() -> RunConfig:
     """512 larger experts, two of them active per token, noisy top-k: twelve language pairs in one model."""
     block = MixtureBlock(num_experts=512, k=2, hidden=4 * EXPERT, gate=NoisyTopKGate())
     return _model("multilingual-moe-512", block, dropout=0.0)
 
 
-def multilingual_dense() -> TranslationRecipe:
+def multilingual_dense() -> RunConfig:
     """A feed-forward layer in the place of each mixture, with as many multiply-adds."""
     return _model("multilingual-dense", DenseBlock(hidden=8 * EXPERT), dropout=0.0)
 
 
-def translation_gnmt() -> TranslationRecipe:
+def translation_gnmt() -> RunConfig:
     """A dense model of GNMT's size: nine LSTMs of width 1024 in the encoder, eight in the decoder."""
     model = Translation(
         vocab_size=VOCABULARY,
@@ -100,4 +103,4 @@ def translation_gnmt() -> TranslationRecipe:
         attention_width=1024,
         share_embedding=False,
     )
-    return TranslationRecipe(name="translation-gnmt", model=model)
+    return _run("translation-gnmt", model)

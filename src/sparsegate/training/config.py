@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from ..models import LanguageModelConfig, MixtureLM
+from ..models import ModelConfig
 from ..models.gates import trains_thresholds
+from ..models.translation import Translation
 
 
 def option(doc: str, default: Any) -> Any:
@@ -54,23 +55,49 @@ class SentencesConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Shuffled pairs of sentences, those of about equal length together: for translation models."""
+
+    context: ClassVar[Literal["stream", "sentence"]] = "sentence"
+
+    kind: Literal["parallel"] = "parallel"
+    batch_subwords: int = option(
+        "positions that the padded sources of a batch have at most, and its padded targets", 4096
+    )
+    pairs: tuple[str, ...] = option("pairs of languages, such as en-fr; all of the dataset's if empty", ())
+    temperature: float = option(
+        "how pairs of languages are mixed: in proportion to their sizes to the power of 1/temperature", 1.0
+    )
+
+    def __post_init__(self) -> None:
+        require(self.batch_subwords >= 1, "batches.batch-subwords", self.batch_subwords, "at least 1")
+        require(1 <= self.temperature <= 1000, "batches.temperature", self.temperature, "from 1 to 1000")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Weights of the balance losses, which are added for each mixture layer."""
+    """Weights of the balance losses, which are added for each mixture layer, and label smoothing."""
 
     importance: float = option("weight of the importance loss (eq. 7)", 0.1)
     load: float = option("weight of the load loss (eq. 11)", 0.1)
     switch: float = option("weight of Switch's balance loss, for gates without noise", 0.0)
     z: float = option("weight of the z-loss, which keeps the gate's logits small", 0.0)
     threshold: float = option("weight of the loss that trains the thresholds of balanced gates (eq. 20)", 1.0)
+    label_smoothing: float = option(
+        "share of each target that is spread evenly over the vocabulary, in training translation models", 0.0
+    )
 
     def __post_init__(self) -> None:
         for name in ("importance", "load", "switch", "z", "threshold"):
             require(getattr(self, name) >= 0, f"losses.{name}", getattr(self, name), "at least 0")
+        smoothing = self.label_smoothing
+        require(0 <= smoothing < 1, "losses.label-smoothing", smoothing, "at least 0 and below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Adam, a linear warm-up, then 1/sqrt(step). The paper states the schedule and leaves the rest open."""
+    """Adam, a linear warm-up, a constant rate, then 1/sqrt(step). The paper states the schedule and leaves
+    the rest open."""
 
     experts: Literal["adam", "factored"] = option(
         "optimizer of the experts' weights: Adam, or the paper's with factored second moments and no first "
@@ -79,6 +106,7 @@ class OptimConfig:
     )
     learning_rate: float = option("at the end of the warm-up, its greatest value", 1e-3)
     warmup_steps: int = option("steps of linear warm-up", 1000)
+    constant_steps: int = option("steps after the warm-up before the rate falls", 0)
     beta1: float = option("Adam's decay of the mean gradient", 0.9)
     beta2: float = option("Adam's decay of the mean squared gradient", 0.999)
     epsilon: float = option("Adam's term against division by zero", 1e-8)
@@ -87,6 +115,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, "optim.learning-rate", self.learning_rate, "above 0")
         require(self.warmup_steps >= 0, "optim.warmup-steps", self.warmup_steps, "at least 0")
+        require(self.constant_steps >= 0, "optim.constant-steps", self.constant_steps, "at least 0")
         for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
             require(0 <= beta < 1, f"optim.{name}", beta, "at least 0 and below 1")
         require(self.epsilon > 0, "optim.epsilon", self.epsilon, "above 0")
@@ -111,6 +140,11 @@ class TrainingConfig:
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto: cuda where there is one", "auto")
     evaluate_every: int = option("steps between evaluations on the validation split", 1000)
+    bleu_sentences: int = option(
+        "validation sentences of each pair of languages that an evaluation translates, greedily, to measure "
+        "BLEU (needs sacrebleu); 0: none",
+        0,
+    )
     checkpoint_every: int = option("steps between checkpoints", 500)
     keep_checkpoints: int = option("newest checkpoints that are kept, beside the best", 2)
     log_every: int = option("steps between lines of the log", 20)
@@ -132,6 +166,7 @@ class TrainingConfig:
                 getattr(self, name),
                 "at least 1",
             )
+        require(self.bleu_sentences >= 0, "training.bleu-sentences", self.bleu_sentences, "at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,15 +177,15 @@ class RunConfig:
     data: str = option("folder of the dataset, made by `sparsegate prepare`", "")
     data_fingerprint: str = option("of the dataset; filled in when training starts", "")
     seed: int = option("of the weights, the batches, the dropout and the gates' noise", 1)
-    model: LanguageModelConfig = field(metadata={"doc": "the model"})
-    batches: ContinuousConfig | SentencesConfig = option("the batches", ContinuousConfig())
+    model: ModelConfig = field(metadata={"doc": "the model"})
+    batches: ContinuousConfig | SentencesConfig | ParallelConfig = option("the batches", ContinuousConfig())
     losses: LossConfig = option("the balance losses", LossConfig())
     optim: OptimConfig = option("the optimizer", OptimConfig())
     training: TrainingConfig = option("the course of the run", TrainingConfig())
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", self.seed, "at least 0")
-        if isinstance(self.model, MixtureLM) and trains_thresholds(self.model.gate):
+        if any(map(trains_thresholds, self.model.gates())):
             require(
                 self.losses.threshold > 0,
                 "losses.threshold",
@@ -164,3 +199,26 @@ class RunConfig:
                 self.training.micro_batches,
                 f"at most batches.batch-size ({self.batches.batch_size})",
             )
+        if isinstance(self.model, Translation):
+            self._require_translation()
+        else:
+            self._require_language_model()
+
+    def _require_translation(self) -> None:
+        kind, smoothing = self.batches.kind, self.losses.label_smoothing
+        require(kind == "parallel", "batches.kind", kind, "parallel with a translation model")
+        require(
+            not (smoothing and self.model.softmax_samples),
+            "losses.label-smoothing",
+            smoothing,
+            "0 with model.softmax-samples, as it needs the probabilities of all words",
+        )
+
+    def _require_language_model(self) -> None:
+        kind = self.batches.kind
+        require(kind != "parallel", "batches.kind", kind, "continuous or sentences with a language model")
+        for name, value in (
+            ("losses.label-smoothing", self.losses.label_smoothing),
+            ("training.bleu-sentences", self.training.bleu_sentences),
+        ):
+            require(value == 0, name, value, "0 with a language model; it is for translation")

@@ -2,36 +2,23 @@
 
 import math
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
-import torch
 from rich.console import Console
 
-from ..data import ContinuousBatches, Dataset, SentenceBatches, load_vocabulary
-from ..evaluation.perplexity import Evaluation, evaluate
-from ..models import LanguageModel, build
-from ..optim.factored import FactoredAdam
 from ..optim.schedule import warmup_then_inverse_sqrt
-from .checkpoint import checkpoint_name, latest_checkpoint, load_checkpoint
-from .config import ContinuousConfig, OptimConfig, RunConfig
+from .checkpoint import latest_checkpoint, load_checkpoint
+from .config import RunConfig
 from .lock import run_lock
-from .noise import Draw, derived_seed
+from .making import make_state, start_from
 from .reporter import Reporter
-from .run_folder import (
-    VOCABULARY,
-    check_run_folder,
-    checkpoints_of,
-    for_dataset,
-    read_best,
-    read_run_config,
-    saved_steps,
-    write_best,
-    write_run_folder,
-)
+from .run_folder import check_run_folder, checkpoints_of, saved_steps, write_best, write_run_folder
 from .signals import stop_requests
-from .state import TrainState, load_weights
+from .state import TrainState
 from .step import Gradient, NonFinite, apply_gradient, compute_gradient
+from .tasks import open_task
+from .tasks.task import Measured, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +26,9 @@ class TrainResult:
     """How a run ended. stopped_by: the signal that ended it before its last step, or ""."""
 
     folder: Path
+    config: RunConfig
     state: TrainState
-    evaluation: Evaluation | None
+    evaluation: Measured | None
     stopped_by: str
 
 
@@ -55,8 +43,8 @@ def train(
     Raises ValueError and OSError for what the user can mend, CannotSave when a checkpoint cannot be written,
     and NonFinite after `training.max_nonfinite` non-finite batches in a row.
     """
-    dataset = Dataset.open(Path(config.data))
-    config = for_dataset(config, dataset)
+    task = open_task(config)
+    config = task.config
     check_run_folder(folder, config, resume=resume)
     reporter = Reporter(
         folder=folder,
@@ -65,12 +53,12 @@ def train(
         log_every=config.training.log_every,
         console=console,
     )
-    run = Run(config, dataset, folder, reporter)
+    run = Run(task, folder, reporter)
     # Whatever can be wrong with what was asked for has been found: only now is something made.
     folder.mkdir(parents=True, exist_ok=True)
     with run_lock(folder):
         check_run_folder(folder, config, resume=resume)
-        write_run_folder(folder, config, dataset)
+        write_run_folder(folder, config, task.dataset)
         with reporter, stop_requests() as stop:
             run.resume_or_start()
             while not run.finished and not stop():
@@ -81,6 +69,7 @@ def train(
                     run.save()
             return TrainResult(
                 folder=folder,
+                config=config,
                 state=run.state,
                 evaluation=run.last_evaluation,
                 stopped_by="" if run.finished else stop(),
@@ -90,17 +79,16 @@ def train(
 class Run:
     """A run in progress: the verbs of the loop. Single-process; ranks come in from outside."""
 
-    def __init__(self, config: RunConfig, dataset: Dataset, folder: Path, reporter: Reporter) -> None:
-        self.config = config
+    def __init__(self, task: Task[Any], folder: Path, reporter: Reporter) -> None:
+        self.task = task
+        self.config = task.config
         self.folder = folder
         self.reporter = reporter
-        self.dataset = dataset
-        self.batches = make_batches(config, dataset)
-        self.state = make_state(config)
-        if config.training.init_from and not saved_steps(folder):
-            start_from(self.state.model, Path(config.training.init_from), dataset)
+        self.state = make_state(self.config)
+        if self.config.training.init_from and not saved_steps(folder):
+            start_from(self.state.model, Path(self.config.training.init_from), task.dataset)
         self.saved: list[int] = []
-        self.last_evaluation: Evaluation | None = None
+        self.last_evaluation: Measured | None = None
 
     @property
     def finished(self) -> bool:
@@ -132,19 +120,23 @@ class Run:
         progress = self.state.progress
         while progress.batch_index in self.config.training.skip_batches:
             progress.batch_index += 1
-        batch = self.batches.batch(progress.batch_index)
-        carried = self.state.carried if batch.carries_state else {}
-        gradient = compute_gradient(self.state.model, batch, carried, self.config)
+        batch_index, model = progress.batch_index, self.state.model
+        gradient = compute_gradient(
+            model, self.task.parts(model, batch_index, self.state.carried), self.config
+        )
         progress.batch_index += 1
         if gradient.finite:
             self._update(gradient)
         else:
-            self._skip(gradient, batch.index)
+            self._skip(gradient, batch_index)
 
     def _update(self, gradient: Gradient) -> None:
         progress, optim = self.state.progress, self.config.optim
         rate = warmup_then_inverse_sqrt(
-            step=progress.step + 1, peak=optim.learning_rate, warmup_steps=optim.warmup_steps
+            step=progress.step + 1,
+            peak=optim.learning_rate,
+            warmup_steps=optim.warmup_steps,
+            constant_steps=optim.constant_steps,
         )
         apply_gradient(
             self.state.model, self.state.optimizers, gradient, learning_rate=rate, clip_norm=optim.clip_norm
@@ -195,14 +187,7 @@ class Run:
     def evaluate(self) -> None:
         """Measure on the validation split, and remember the best."""
         with self.reporter.doing("evaluating"):
-            result = evaluate(
-                self.state.model,
-                self.dataset.split("valid"),
-                batch_size=16,
-                num_steps=64,
-                unknown_id=self.dataset.vocabulary.unknown_id,
-                context=self.config.batches.context,
-            )
+            result = self.task.evaluate(self.state.model)
         metrics, progress = result.metrics(), self.state.progress
         better = not progress.best_step or metrics["loss"] < progress.best_nll
         if better and math.isfinite(metrics["loss"]):
@@ -220,96 +205,3 @@ class Run:
             if progress.best_step:
                 write_best(self.folder, step=progress.best_step, nll=progress.best_nll)
         self.saved = [progress.step, *newest]
-
-
-def make_batches(config: RunConfig, dataset: Dataset) -> ContinuousBatches | SentenceBatches:
-    """The training split's batches, in the order that the configuration's seed gives."""
-    token_file, batches = dataset.split("train"), config.batches
-    if isinstance(batches, ContinuousConfig):
-        return ContinuousBatches(
-            token_file=token_file,
-            batch_size=batches.batch_size,
-            num_steps=batches.num_steps,
-            seed=config.seed,
-        )
-    return SentenceBatches(
-        token_file=token_file,
-        batch_words=batches.batch_words,
-        max_length=batches.max_length,
-        seed=config.seed,
-    )
-
-
-def make_state(config: RunConfig) -> TrainState:
-    """A fresh model with the weights that the seed gives, and its optimizers."""
-    torch.manual_seed(derived_seed(Draw.WEIGHTS, config.seed))
-    model = build(config.model).to(resolve_device(config.training.device))
-    model.train()
-    freeze(model, config.training.freeze)
-    if not config.training.init_from:
-        require_trainable_thresholds(model)
-    return TrainState(model=model, optimizers=make_optimizers(model, config.optim))
-
-
-def make_optimizers(model: LanguageModel, config: OptimConfig) -> list[torch.optim.Optimizer]:
-    """Adam for all that is trained, or for all but the experts, which then have the factored one."""
-    factored = set(model.expert_parameters()) if config.experts == "factored" else set()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizers: list[torch.optim.Optimizer] = []
-    if dense := [p for p in trained if p not in factored]:
-        betas = (config.beta1, config.beta2)
-        adam = torch.optim.Adam(dense, lr=config.learning_rate, betas=betas, eps=config.epsilon, fused=True)
-        optimizers.append(adam)
-    if experts := [p for p in trained if p in factored]:
-        optimizers.append(
-            FactoredAdam(experts, lr=config.learning_rate, beta2=config.beta2, eps=config.epsilon)
-        )
-    return optimizers
-
-
-def resolve_device(device: str) -> torch.device:
-    """auto: CUDA where there is one. ValueError where CUDA is asked for and there is none."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("training.device (cuda): this torch sees no GPU; use cpu or auto")
-    return torch.device(device)
-
-
-def freeze(model: LanguageModel, patterns: tuple[str, ...]) -> None:
-    """Leave parameters whose names match as they are. ValueError where one matches none, or all match."""
-    names = [name for name, _ in model.named_parameters()]
-    for pattern in patterns:
-        if not any(fnmatch(name, pattern) for name in names):
-            raise ValueError(
-                f"training.freeze ({pattern}): no parameter has this name; there are {', '.join(names)}"
-            )
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not any(fnmatch(name, pattern) for pattern in patterns))
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError(f"training.freeze ({', '.join(patterns)}): nothing is left to train; freeze less")
-
-
-def require_trainable_thresholds(model: LanguageModel) -> None:
-    """Refuse a fresh model whose thresholds are frozen: evaluation selects by them."""
-    for name, parameter in model.named_parameters():
-        if name.endswith("log_threshold") and not parameter.requires_grad:
-            raise ValueError(
-                f"training.freeze: would leave {name} untrained, by which evaluation selects; freeze less, "
-                "or start from trained weights with training.init-from"
-            )
-
-
-def start_from(model: LanguageModel, run: Path, dataset: Dataset) -> None:
-    """Copy the weights of another run: its best checkpoint, or the newest where none has been evaluated.
-
-    ValueError: it is no run, has no checkpoint, another model, or another vocabulary than the dataset.
-    """
-    read_run_config(run)
-    dataset.require_vocabulary(load_vocabulary(run / VOCABULARY))
-    checkpoints = checkpoints_of(run)
-    best = read_best(run)
-    path = checkpoints / checkpoint_name(best) if best is not None else latest_checkpoint(checkpoints)
-    if path is None:
-        raise ValueError(f"training.init-from ({run}): has no checkpoint; train it first")
-    load_weights(model, load_checkpoint(path).tensors["model"], where=str(path))

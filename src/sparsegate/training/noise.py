@@ -34,7 +34,15 @@ def gate_noise(
     first row.
     """
     num_rows, num_steps = shape_BS
-    noise = {name: torch.empty(num_rows, num_steps, width) for name, width in noise_widths.items()}
+    shapes = {name: (num_steps, width) for name, width in noise_widths.items()}
+    return row_noise(shapes, seed=seed, batch_index=batch_index, first_row=first_row, num_rows=num_rows)
+
+
+def row_noise(
+    shapes: Mapping[str, tuple[int, int]], *, seed: int, batch_index: int, first_row: int, num_rows: int
+) -> dict[str, Tensor]:
+    """The same for layers that see different numbers of steps. shapes: (S, noise_width) by layer name."""
+    noise = {name: torch.empty(num_rows, *shape) for name, shape in shapes.items()}
     generator = torch.Generator()
     for row in range(num_rows if noise else 0):
         generator.manual_seed(derived_seed(Draw.GATE_NOISE, seed, batch_index, first_row + row))

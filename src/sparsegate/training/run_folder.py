@@ -4,8 +4,9 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
-from ..data import Dataset, save_vocabulary
+from ..data import Vocabulary, save_vocabulary
 from .config import RunConfig
 from .lock import LOCK_NAME
 from .overrides import read_config, to_json
@@ -17,6 +18,16 @@ VOCABULARY = "vocabulary.json"
 _STEP = re.compile(r"step-([0-9]{8,})")
 # These may differ when a run goes on: they say how long and how fast, not what is learned from what.
 _MAY_CHANGE = ("data", "optim", "training")
+
+
+class RunDataset(Protocol):
+    """What a run asks of every kind of dataset."""
+
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def vocabulary(self) -> Vocabulary: ...
+    def require_vocabulary(self, vocabulary: Vocabulary) -> None: ...
 
 
 def checkpoints_of(folder: Path) -> Path:
@@ -38,7 +49,7 @@ def read_run_config(folder: Path) -> RunConfig:
     return read_config(RunConfig, folder / CONFIG)
 
 
-def for_dataset(config: RunConfig, dataset: Dataset) -> RunConfig:
+def for_dataset(config: RunConfig, dataset: RunDataset) -> RunConfig:
     """The configuration with what the dataset decides filled in: vocabulary size and fingerprint."""
     return replace(
         config,
@@ -63,7 +74,7 @@ def check_run_folder(folder: Path, config: RunConfig, *, resume: bool) -> None:
         raise ValueError(f"{folder}: not empty and not a run; give another --out")
 
 
-def write_run_folder(folder: Path, config: RunConfig, dataset: Dataset) -> None:
+def write_run_folder(folder: Path, config: RunConfig, dataset: RunDataset) -> None:
     """Make the folder a run's, by what the run is made with."""
     write_json_atomically(folder / CONFIG, to_json(config))
     save_vocabulary(dataset.vocabulary, folder / VOCABULARY)

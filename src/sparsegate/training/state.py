@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..models import LanguageModel
+from ..models import LayeredModel
 from .checkpoint import Checkpoint, save_checkpoint
 from .overrides import from_json
 
@@ -37,7 +37,7 @@ class TrainState:
     optimizers: each parameter that is trained belongs to one of them.
     """
 
-    model: LanguageModel
+    model: LayeredModel
     optimizers: Sequence[torch.optim.Optimizer]
     progress: Progress = field(default_factory=Progress)
     carried: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -92,9 +92,7 @@ def load_weights(model: torch.nn.Module, tensors: dict[str, Tensor], *, where: s
     model.load_state_dict(tensors)
 
 
-def _optimizer_tensors(
-    model: LanguageModel, optimizers: Sequence[torch.optim.Optimizer]
-) -> dict[str, Tensor]:
+def _optimizer_tensors(model: LayeredModel, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """The optimizers' state under the names of the parameters it belongs to: `NAME/exp_avg`."""
     return {
         f"{name}/{key}": value
@@ -105,7 +103,7 @@ def _optimizer_tensors(
 
 
 def _load_optimizer_tensors(
-    model: LanguageModel, optimizers: Sequence[torch.optim.Optimizer], tensors: dict[str, Tensor]
+    model: LayeredModel, optimizers: Sequence[torch.optim.Optimizer], tensors: dict[str, Tensor]
 ) -> None:
     by_parameter: dict[str, dict[str, Tensor]] = {}
     for path, value in tensors.items():

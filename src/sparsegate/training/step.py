@@ -1,22 +1,18 @@
 """One training step: loss and gradient of one batch, checked, then applied."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..data import Batch
-from ..models import LanguageModel, LanguageModelOutput
+from ..models import LayeredModel
 from ..moe.losses import importance_loss, load_loss, switch_loss, threshold_loss, z_loss
 from ..moe.routing import BalanceSums
 from .config import LossConfig, RunConfig
-from .noise import Draw, derived_seed, gate_noise
-
-State = dict[str, tuple[Tensor, Tensor]]
-SumsByLayer = dict[str, BalanceSums]
+from .tasks.task import Forward, Part, State, SumsByLayer
 
 
 class NonFinite(RuntimeError):
@@ -44,48 +40,32 @@ class Gradient:
         return math.isfinite(self.nll) and math.isfinite(self.balance) and math.isfinite(self.norm)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _MicroBatch:
-    """Some rows of a batch, on the model's device, with all that a repeated forward pass must find equal."""
-
-    input_BS: Tensor
-    target_BS: Tensor
-    mask_BS: Tensor
-    state: State
-    noise: dict[str, Tensor]
-    seed: int
-
-
-def compute_gradient(model: LanguageModel, batch: Batch, state: State, config: RunConfig) -> Gradient:
-    """Leave in `.grad` the gradient of one batch's loss: mean nll per token plus the weighted balance losses.
+def compute_gradient(model: LayeredModel, parts: Sequence[Part], config: RunConfig) -> Gradient:
+    """Leave in `.grad` the gradient of a batch's loss: the mean loss per token plus the balance losses.
 
     Every part is scaled by the token count of the whole batch, so that the gradients of micro-batches simply
     add up. With several of them and `balance = "batch"` the losses are those of the joined batch, exactly: a
     first pass without gradients finds the batch's sums, and each part then contributes the derivative of the
     loss at these sums times its own sums. Nothing but `.grad` changes.
     """
-    num_tokens = int(batch.mask_BS.sum())
-    parts = list(_micro_batches(model, batch, state, config))
+    num_tokens = sum(part.num_tokens for part in parts)
     slope = None
     if len(parts) > 1 and config.training.balance == "batch" and model.has_mixtures():
         with torch.no_grad():
-            slope = balance_slope(
-                add_sums([_sums(_forward(model, part, config)) for part in parts]), config.losses
-            )
+            total = add_sums([_forward(model, part, config).sums for part in parts])
+            slope = balance_slope(total, config.losses)
     model.zero_grad(set_to_none=True)
     outputs, nll, part_losses = [], 0.0, 0.0
     for part in parts:
         output = _forward(model, part, config)
-        nll_BS = model.softmax.nll(output.hidden_BSD, part.target_BS)
-        part_nll = (nll_BS * part.mask_BS).sum() / num_tokens
-        sums = _sums(output)
+        losses = output.losses()
         if slope is None:
-            part_balance = balance_loss(sums, config.losses) / len(parts)
+            part_balance = balance_loss(output.sums, config.losses) / len(parts)
         else:
-            part_balance = linear_in_sums(sums, slope)
-        (part_nll + part_balance).backward()
-        nll, part_losses = nll + part_nll.item(), part_losses + part_balance.item()
-        outputs.append((sums, output.state))
+            part_balance = linear_in_sums(output.sums, slope)
+        (losses.trained / num_tokens + part_balance).backward()
+        nll, part_losses = nll + (losses.nll / num_tokens).item(), part_losses + part_balance.item()
+        outputs.append((output.sums, output.state))
     sums = add_sums([pytree.tree_map(torch.Tensor.detach, s) for s, _ in outputs])
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     return Gradient(
@@ -99,7 +79,7 @@ def compute_gradient(model: LanguageModel, batch: Batch, state: State, config: R
 
 
 def apply_gradient(
-    model: LanguageModel,
+    model: LayeredModel,
     optimizers: Sequence[torch.optim.Optimizer],
     gradient: Gradient,
     *,
@@ -158,43 +138,12 @@ def add_sums(parts: list[SumsByLayer]) -> SumsByLayer:
     return total
 
 
-def _sums(output: LanguageModelOutput) -> SumsByLayer:
-    return {name: routing.sums for name, routing in output.routings.items()}
-
-
-def _forward(model: LanguageModel, part: _MicroBatch, config: RunConfig) -> LanguageModelOutput:
+def _forward(model: LayeredModel, part: Part, config: RunConfig) -> Forward:
     """One pass in training mode; equal whenever it is repeated, dropout and noise included."""
     torch.manual_seed(part.seed)
-    with torch.autocast(
-        part.input_BS.device.type, dtype=torch.bfloat16, enabled=config.training.precision == "bfloat16"
-    ):
-        return model(part.input_BS, state=part.state, mask_BS=part.mask_BS, noise=part.noise)
-
-
-def _micro_batches(
-    model: LanguageModel, batch: Batch, state: State, config: RunConfig
-) -> Iterator[_MicroBatch]:
-    device = model.softmax.weight.device
-    widths = model.noise_widths()
-    num_rows = batch.input_BS.shape[0]
-    for rows in torch.arange(num_rows).chunk(min(config.training.micro_batches, num_rows)):
-        first, end = int(rows[0]), int(rows[-1]) + 1
-        input_BS = batch.input_BS[first:end].to(device)
-        noise = gate_noise(
-            widths,
-            seed=config.seed,
-            batch_index=batch.index,
-            first_row=first,
-            shape_BS=(end - first, input_BS.shape[1]),
-        )
-        yield _MicroBatch(
-            input_BS=input_BS,
-            target_BS=batch.target_BS[first:end].to(device),
-            mask_BS=batch.mask_BS[first:end].to(device),
-            state={name: (h[:, first:end], c[:, first:end]) for name, (h, c) in state.items()},
-            noise={name: draws.to(device) for name, draws in noise.items()},
-            seed=derived_seed(Draw.DROPOUT, config.seed, batch.index, first),
-        )
+    device = model.softmax.weight.device.type
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=config.training.precision == "bfloat16"):
+        return part.forward()
 
 
 def _join_states(states: list[State]) -> State:

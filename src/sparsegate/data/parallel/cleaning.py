@@ -19,6 +19,7 @@ from ..normalization import normalize
 
 CLEANING = "clean-1"
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
+_BREAKS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def clean_line(line: str) -> str:
@@ -28,3 +29,8 @@ def clean_line(line: str) -> str:
     'one two'
     """
     return _CONTROL.sub(" ", normalize(line)).strip()
+
+
+def one_line(text: str) -> str:
+    """`text` as one line: control characters and line ends become spaces, and white space at its end goes."""
+    return _BREAKS.sub(" ", text).rstrip()

@@ -34,6 +34,9 @@ class MixtureBlock:
     def __post_init__(self) -> None:
         require_mixture(self, where="")
 
+    def gates(self) -> tuple[GateConfig, ...]:
+        return (self.gate,)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DenseBlock:
@@ -46,12 +49,18 @@ class DenseBlock:
         if self.hidden < 1:
             raise ValueError(f"hidden ({self.hidden}) must be at least 1")
 
+    def gates(self) -> tuple[GateConfig, ...]:
+        return ()
+
 
 @dataclass(frozen=True, kw_only=True)
 class NoBlock:
     """Nothing before the last LSTM."""
 
     kind: Literal["none"] = "none"
+
+    def gates(self) -> tuple[GateConfig, ...]:
+        return ()
 
 
 BlockConfig = MixtureBlock | DenseBlock | NoBlock
@@ -102,3 +111,6 @@ class Translation(Common):
             )
         if self.attention_width < 1:
             raise ValueError(f"model.attention-width ({self.attention_width}) must be at least 1")
+
+    def gates(self) -> tuple[GateConfig, ...]:
+        return (*self.encoder_block.gates(), *self.decoder_block.gates())

@@ -17,8 +17,7 @@ from ...training.config import RunConfig, SentencesConfig, require
 from ...training.overrides import from_json, to_json
 from ...training.storage import make_directory, read_json, write_json_atomically
 from ...training.strict_json import Json
-from ..registry import recipe
-from .ladder import SCALES, Gates, Scale, budget_of, for_study, member
+from .ladder import SCALES, Gates, Scale, budget_of, for_study, language_model, member
 
 FORMAT = 1
 STUDY = "study.json"
@@ -70,7 +69,7 @@ class Study:
 
         ValueError: it does not do the multiply-adds of the comparison.
         """
-        config = recipe(name)
+        config = language_model(name)
         if name in self.models:
             config = member(name, budget=self.ops_per_timestep, gates=self.gates)
         config = for_study(config, self.defaults, batches=self.batches, dropout=self.dropout)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ...models import MixtureLM
+from ...models.translation import Translation
 from ...training.config import OptimConfig, RunConfig, SentencesConfig, TrainingConfig
 from ..planner import plan
 from ..registry import recipe
@@ -78,6 +79,14 @@ SCALES = {
 }
 
 
+def language_model(name: str) -> RunConfig:
+    """The recipe of that name. ValueError: it is of a translation model."""
+    config = recipe(name)
+    if isinstance(config.model, Translation):
+        raise ValueError(f"models ({name}): is a translation model, and a study compares language models")
+    return config
+
+
 def member(name: str, *, budget: int, gates: Gates) -> RunConfig:
     """A recipe with no more than `budget` multiply-adds for each word.
 
@@ -86,7 +95,7 @@ def member(name: str, *, budget: int, gates: Gates) -> RunConfig:
 
     ValueError: it has more or less than the comparison allows.
     """
-    config = recipe(name)
+    config = language_model(name)
     if isinstance(config.model, MixtureLM) and gates == "within":
         config = replace(config, model=_narrowed(config.model, budget))
     ops = plan(config.model).ops_per_timestep

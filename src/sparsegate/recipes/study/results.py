@@ -10,6 +10,7 @@ from typing import Literal
 from ...benchmarking.measuring import markdown
 from ...models import LanguageModelConfig, MixtureLM
 from ...models.gates import HierarchicalGate
+from ...models.translation import Translation
 from ...training.overrides import to_json
 from ...training.run_folder import read_run_config
 from ...training.strict_json import Json
@@ -63,6 +64,7 @@ def collect(folder: Path, study: Study) -> list[Row]:
         measured = read_measured(run)
         if measured:
             config = read_run_config(run)
+            assert not isinstance(config.model, Translation)
             models[config.name] = config.model
             runs.setdefault(config.name, {})[config.seed] = measured
     rows = [row for name in runs for row in _rows(name, models[name], runs[name], study)]

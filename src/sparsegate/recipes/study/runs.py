@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ...data import Dataset
+from ...models import LanguageModel
 from ...training.config import RunConfig
 from ...training.display import exp
 from ...training.loop import train
@@ -104,6 +105,7 @@ class Runner:
             progress = ended.state.progress
             if progress.step != steps:
                 raise ValueError(f"{where}: {_PASSED.format(words=words)}")
+            assert isinstance(ended.state.model, LanguageModel)
             measured[words] = measure(
                 ended.state.model,
                 dataset,

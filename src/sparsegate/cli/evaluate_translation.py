@@ -1,0 +1,213 @@
+"""`sparsegate evaluate` for a translation model: perplexity, and the scores of its translations."""
+
+import json
+import math
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..data.files import write_atomically
+from ..evaluation.translating import PairEvaluation, TranslationEvaluation
+from ..evaluation.translation import Comparison, compare, require_scores, write_lines
+from ..inspection.balance import balance_metrics
+from ..recipes.load import load, require_translation
+from ..recipes.translation_run import TranslationRun
+from ..training.run_folder import holds_run
+from .decoding_options import decoding_of
+from .trained import progress_bar
+from .verb import Parser
+
+# What is of no use with a language model, by the value that it has when it is not given.
+_ALONE = {
+    "pair": [],
+    "sentences": None,
+    "resamples": 0,
+    "against": None,
+    "out": None,
+    "beam": None,
+    "alpha": None,
+    "beta": None,
+    "greedy": False,
+    "temperature": None,
+}
+
+
+def add_arguments(parser: Parser) -> None:
+    group = parser.add_argument_group("for translation models")
+    group.add_argument(
+        "--pair", action="append", default=[], metavar="EN-FR", help="pairs of languages (default: all)"
+    )
+    group.add_argument(
+        "--sentences", type=int, metavar="N", help="translate the first N of each pair (default: all)"
+    )
+    group.add_argument(
+        "--resamples", type=int, default=0, metavar="N", help="of the test set, for intervals; 1000 is usual"
+    )
+    group.add_argument(
+        "--against",
+        type=Path,
+        metavar="RUN|FILE",
+        help="compare with another run, or with the hypotheses in a file, by paired bootstrap",
+    )
+    group.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="for translations, references and scores (default: RUN/translations/SPLIT-step-STEP)",
+    )
+
+
+def refuse_options(args: Namespace) -> None:
+    """ValueError for what a language model has no use for."""
+    for name, default in _ALONE.items():
+        if getattr(args, name) != default:
+            raise ValueError(f"--{name.replace('_', '-')}: is for translation models; leave it out")
+
+
+def run(args: Namespace, trained: TranslationRun) -> None:
+    if args.part != "all":
+        raise ValueError("--part: is for language models; leave it out, or give --sentences")
+    if args.sentences is not None and args.sentences < 1:
+        raise ValueError(f"--sentences ({args.sentences}) must be at least 1")
+    require_scores()
+    result = _evaluate(args, trained)
+    if not math.isfinite(result.likelihood.nll_nats):
+        raise ValueError(f"{args.run}: its likelihood is not finite; use an earlier checkpoint")
+    compared = {} if args.against is None else _compare(args, result)
+    folder = args.out or args.run / "translations" / f"{args.split}-step-{trained.step}"
+    report = _as_json(args, trained, result, compared)
+    _write(folder, result, report)
+    if args.json:
+        print(json.dumps(report))
+    else:
+        _print(args, trained, result, compared, folder)
+
+
+def _evaluate(args: Namespace, trained: TranslationRun) -> TranslationEvaluation:
+    with progress_bar("evaluating") as progress:
+        return trained.evaluate(
+            args.split,
+            data=args.data,
+            pairs=args.pair,
+            num_translated=args.sentences,
+            decoding=decoding_of(args),
+            resamples=args.resamples,
+            progress=progress,
+        )
+
+
+def _compare(args: Namespace, result: TranslationEvaluation) -> dict[str, list[Comparison]]:
+    """Each pair's comparison with what `--against` names, which is the baseline."""
+    baselines = _baselines(args, result)
+    return {
+        name: compare(
+            baselines[name],
+            pair.hypotheses,
+            pair.references,
+            target_language=name.partition("-")[2],
+            resamples=args.resamples or 1000,
+        )
+        for name, pair in result.pairs.items()
+    }
+
+
+def _baselines(args: Namespace, result: TranslationEvaluation) -> dict[str, list[str]]:
+    """The hypotheses of `--against`, by pair; they are of the same sentences."""
+    if not holds_run(args.against):
+        return {_only(args, result): _lines(args.against)}
+    other = _evaluate(args, require_translation(load(args.against, device=args.device)))
+    for name, pair in result.pairs.items():
+        if name not in other.pairs or other.pairs[name].references != pair.references:
+            raise ValueError(
+                f"{args.against}: its {args.split} text of {name} is not that of {args.run}; give --data"
+            )
+    return {name: pair.hypotheses for name, pair in other.pairs.items()}
+
+
+def _only(args: Namespace, result: TranslationEvaluation) -> str:
+    if len(result.pairs) > 1:
+        raise ValueError(f"{args.against}: is one file for {len(result.pairs)} pairs; choose one by --pair")
+    return next(iter(result.pairs))
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: is not UTF-8; convert it with iconv") from None
+
+
+def _as_json(
+    args: Namespace,
+    trained: TranslationRun,
+    result: TranslationEvaluation,
+    compared: Mapping[str, list[Comparison]],
+) -> dict[str, Any]:
+    return {
+        "run": str(args.run),
+        "step": trained.step,
+        "data": str(args.data or trained.config.data),
+        "split": args.split,
+        "decoding": {"kind": type(decoding_of(args)).__name__, **asdict(decoding_of(args))},
+        **result.metrics(),
+        "pairs": {name: _pair_as_json(pair, compared.get(name, [])) for name, pair in result.pairs.items()},
+    }
+
+
+def _pair_as_json(pair: PairEvaluation, compared: list[Comparison]) -> dict[str, Any]:
+    likelihood = pair.likelihood
+    return {
+        **{name: pair.metrics()[name] for name in ("loss", "perplexity", "word_perplexity")},
+        "subwords": likelihood.num_subwords,
+        "words": likelihood.num_words,
+        "sentences": likelihood.num_sentences,
+        "translated": len(pair.hypotheses),
+        "scores": [asdict(score) for score in pair.scores],
+        "compared": [asdict(each) | {"difference": each.difference} for each in compared],
+        "balance": {layer: balance_metrics(sums) for layer, sums in pair.sums.items()},
+    }
+
+
+def _write(folder: Path, result: TranslationEvaluation, report: Mapping[str, Any]) -> None:
+    """Files that sacrebleu's own command reads, and the numbers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, pair in result.pairs.items():
+        write_lines(folder / f"{name}.hypotheses.txt", pair.hypotheses)
+        write_lines(folder / f"{name}.references.txt", pair.references)
+    write_atomically(folder / "scores.json", json.dumps(report, indent=1).encode() + b"\n")
+
+
+def _print(
+    args: Namespace,
+    trained: TranslationRun,
+    result: TranslationEvaluation,
+    compared: Mapping[str, list[Comparison]],
+    folder: Path,
+) -> None:
+    title = f"{args.run}, step {trained.step:,}: {args.split}"
+    table = Table(title=title, title_justify="left", caption=str(folder), caption_justify="left")
+    table.add_column("pair")
+    for heading in ("sentences", "perplexity", "per word", "BLEU", "chrF"):
+        table.add_column(heading, justify="right")
+    for name, pair in result.pairs.items():
+        perplexities = (pair.likelihood.perplexity, pair.likelihood.word_perplexity)
+        table.add_row(
+            name,
+            f"{len(pair.hypotheses):,}",
+            *(f"{value:.3f}" for value in perplexities),
+            *(_score(score.value, score.interval) for score in pair.scores),
+        )
+    console = Console()
+    console.print(table)
+    for name, pair in result.pairs.items():
+        for line in [*compared.get(name, []), *(score.signature for score in pair.scores)]:
+            console.print(f"{name}: {line}", highlight=False, soft_wrap=True)
+
+
+def _score(value: float, interval: float | None) -> str:
+    return f"{value:.2f}" if interval is None else f"{value:.2f} ± {interval:.2f}"

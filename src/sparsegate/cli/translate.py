@@ -1,0 +1,111 @@
+"""`sparsegate translate`: a trained translation model translates lines."""
+
+import json
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from ..decoding import Translation
+from .decoding_options import add_decoding, decoding_of
+from .trained import add_run, lines_as_they_come, load_translation_run
+from .verb import Parser, Verb
+
+EXAMPLE = """
+echo "A man is riding a horse." | sparsegate translate runs/en-de
+sparsegate translate runs/en-de news.en more.en --greedy > news.de
+sparsegate translate runs/many --to fr --n-best 3 --json < sentences.txt > translations.jsonl
+"""
+
+_TELL_SECONDS = 10.0
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.description = f"""{parser.description}
+
+Writes the translation of each line as soon as there is one, in the order of the lines. An empty line stays
+empty. Control characters count as spaces. A line of more subwords than --max-subwords is translated in parts,
+cut where sentences end if possible."""
+    add_run(parser)
+    parser.add_argument(
+        "files", nargs="*", type=Path, metavar="FILE", help="to translate (default: standard input)"
+    )
+    parser.add_argument("--to", metavar="LANG", help="language to translate into, if there are several")
+    parser.add_argument("--from", dest="source", metavar="LANG", help="language of the lines")
+    parser.add_argument(
+        "--n-best", type=int, metavar="N", help="N translations of each line, with scores, at most"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print a JSON object for each line: source, translations"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=64,
+        metavar="N",
+        help="lines translated at the same time (default: 64)",
+    )
+    parser.add_argument(
+        "--max-subwords", type=int, default=250, metavar="N", help="of a part of a line (default: 250)"
+    )
+    add_decoding(parser)
+
+
+def run(args: Namespace) -> int:
+    if args.n_best is not None and args.n_best < 1:
+        raise ValueError(f"--n-best ({args.n_best}) must be at least 1")
+    decoding = decoding_of(args, num_best=args.n_best or 1)
+    translator = load_translation_run(args).translator(
+        to=args.to,
+        source=args.source,
+        decoding=decoding,
+        max_subwords=args.max_subwords,
+        lines_at_once=args.batch_size,
+    )
+    number, progress = 0, _Progress()
+    for lines in _windows(args.files, translator.lines_at_once):
+        found = translator.translate_together(lines, first_number=number)
+        for line, translations in zip(lines, found, strict=True):
+            _print(args, number, line, translations)
+            number += 1
+        sys.stdout.flush()
+        progress.update(number)
+    return 0
+
+
+def _windows(files: Sequence[Path], size: int) -> Iterator[list[str]]:
+    """The lines, up to `size` at a time of those that can be had without waiting."""
+    for path in files or [None]:
+        for lines in lines_as_they_come(path):
+            for start in range(0, len(lines), size):
+                yield lines[start : start + size]
+
+
+def _print(args: Namespace, number: int, line: str, translations: Sequence[Translation]) -> None:
+    if args.json:
+        found = [asdict(translation) for translation in translations]
+        print(json.dumps({"source": line, "translations": found}, ensure_ascii=False))
+    elif args.n_best is None:
+        print(translations[0].text)
+    else:
+        for translation in translations:
+            print(f"{number}\t{translation.score:.4f}\t{translation.text}")
+
+
+class _Progress:
+    """Tells on standard error how many lines were translated, from time to time."""
+
+    def __init__(self) -> None:
+        self._began = self._told = time.monotonic()
+
+    def update(self, num_lines: int) -> None:
+        now = time.monotonic()
+        if now - self._told >= _TELL_SECONDS:
+            self._told = now
+            rate = num_lines / (now - self._began)
+            print(f"{num_lines:,} lines translated, {rate:,.1f} a second", file=sys.stderr)
+
+
+VERB = Verb(example=EXAMPLE, add_arguments=add_arguments, run=run)

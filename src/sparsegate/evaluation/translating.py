@@ -1,0 +1,167 @@
+"""A translation model on text that it has not seen: perplexity, and the scores of its translations."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+from statistics import fmean
+
+import torch
+
+from ..data.parallel import EvaluationBatches, Pair, TranslationDataset
+from ..decoding import Decoding, LineTranslator, TranslationSampling
+from ..decoding.inference import evaluation_mode
+from ..models.translation import TranslationModel, token_losses
+from ..moe.routing import BalanceSums
+from .sums import add_exactly
+from .translation import Score, TargetLikelihood, score
+
+_GREEDY = TranslationSampling()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairEvaluation:
+    """A model on the text of one pair of languages.
+
+    sums: what balance metrics are functions of, over the whole text in float64, by mixture layer. scores,
+    hypotheses, references: of the sentences that were translated; empty where none was.
+    """
+
+    likelihood: TargetLikelihood
+    sums: dict[str, BalanceSums]
+    scores: list[Score]
+    hypotheses: list[str]
+    references: list[str]
+
+    def metrics(self) -> dict[str, float]:
+        """`loss`, nats per subword, perplexities and scores."""
+        return _likelihood_metrics(self.likelihood) | {
+            score.name.lower(): score.value for score in self.scores
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranslationEvaluation:
+    """A model on the text of all pairs of languages, by name."""
+
+    pairs: dict[str, PairEvaluation]
+
+    @property
+    def likelihood(self) -> TargetLikelihood:
+        """Of all pairs together."""
+        first, *others = (pair.likelihood for pair in self.pairs.values())
+        return sum(others, start=first)
+
+    def metrics(self) -> dict[str, float]:
+        """Loss and perplexities of all text, the mean score of the pairs, and if there are several those of
+        each."""
+        of_pairs = {name: pair.metrics() for name, pair in self.pairs.items()}
+        metrics = _likelihood_metrics(self.likelihood)
+        for name in next(iter(of_pairs.values())).keys() - metrics.keys():
+            metrics[name] = fmean(each[name] for each in of_pairs.values())
+        if len(of_pairs) > 1:
+            metrics |= {
+                f"{pair}/{name}": value for pair, each in of_pairs.items() for name, value in each.items()
+            }
+        return metrics
+
+
+def evaluate_pairs(
+    model: TranslationModel,
+    dataset: TranslationDataset,
+    pairs: Mapping[str, Pair],
+    *,
+    num_translated: int | None,
+    decoding: Decoding = _GREEDY,
+    resamples: int = 0,
+    batch_subwords: int = 4096,
+    progress: Callable[[int], None] = lambda num_sentences: None,
+) -> TranslationEvaluation:
+    """Measure the likelihood of all references, and the scores of translations.
+
+    num_translated: sentences of each pair that are translated, the first ones; None: all. decoding: how.
+    resamples: of the test set, for the scores' intervals. batch_subwords: positions that the model reads at
+    once. progress: is told the number of sentences of each batch, whether read or translated.
+
+    The model is left in the mode that it was in.
+    """
+    found = {}
+    for name, pair in pairs.items():
+        likelihood, sums = pair_likelihood(
+            model, pair, dataset, batch_subwords=batch_subwords, progress=progress
+        )
+        evaluation = PairEvaluation(likelihood=likelihood, sums=sums, scores=[], hypotheses=[], references=[])
+        if num_translated != 0:
+            hypotheses = translate_pair(
+                model, pair, dataset, num_sentences=num_translated, decoding=decoding, progress=progress
+            )
+            references = list(islice(dataset.lines(pair.target), num_translated))
+            scores = score(hypotheses, references, target_language=pair.target_language, resamples=resamples)
+            evaluation = replace(evaluation, scores=scores, hypotheses=hypotheses, references=references)
+        found[name] = evaluation
+    return TranslationEvaluation(pairs=found)
+
+
+def pair_likelihood(
+    model: TranslationModel,
+    pair: Pair,
+    dataset: TranslationDataset,
+    *,
+    batch_subwords: int,
+    progress: Callable[[int], None],
+) -> tuple[TargetLikelihood, dict[str, BalanceSums]]:
+    """The likelihood of all references of a pair, and the sums of the gates by layer."""
+    device = model.softmax.weight.device
+    nll_nats, sums = 0.0, {}
+    batches = EvaluationBatches(pair=pair, vocabulary=dataset.vocabulary, batch_subwords=batch_subwords)
+    with evaluation_mode(model):
+        for batch in batches:
+            with torch.inference_mode():
+                mask_BS = batch.target_mask_BS.to(device)
+                output = model(
+                    source_BS=batch.source_BS.to(device),
+                    source_mask_BS=batch.source_mask_BS.to(device),
+                    target_BS=batch.target_BS.to(device),
+                    target_mask_BS=mask_BS,
+                )
+                losses = token_losses(model.softmax, output.hidden_BSD, batch.label_BS.to(device), mask_BS)
+                nll_nats += float(losses.nll_BS.sum(dtype=torch.float64))
+            sums = add_exactly(sums, {name: routing.sums for name, routing in output.routings.items()})
+            progress(batch.num_sentences)
+    likelihood = TargetLikelihood(
+        nll_nats=nll_nats,
+        num_subwords=pair.target.num_tokens,
+        num_words=pair.target.num_words,
+        num_sentences=pair.num_examples,
+    )
+    return likelihood, sums
+
+
+def translate_pair(
+    model: TranslationModel,
+    pair: Pair,
+    dataset: TranslationDataset,
+    *,
+    num_sentences: int | None,
+    decoding: Decoding,
+    progress: Callable[[int], None],
+) -> list[str]:
+    """The best translation of each of the first sources of a pair; None: of all."""
+    translator = LineTranslator(
+        model=model,
+        vocabulary=dataset.vocabulary,
+        target_language=pair.target_language,
+        decoding=decoding,
+    )
+    hypotheses = []
+    for best, *_ in translator.translate(islice(dataset.lines(pair.source), num_sentences)):
+        hypotheses.append(best.text)
+        progress(1)
+    return hypotheses
+
+
+def _likelihood_metrics(likelihood: TargetLikelihood) -> dict[str, float]:
+    return {
+        "loss": likelihood.nll_nats / likelihood.num_subwords,
+        "perplexity": likelihood.perplexity,
+        "word_perplexity": likelihood.word_perplexity,
+    }
