@@ -1,0 +1,178 @@
+"""Translation models of equal cost on one dataset: perplexity and BLEU, with intervals, beside a baseline.
+
+    python -m benchmarks.translation_models --data DIR --out RUNS --steps 2000
+
+All models see the same batches. A learning rate is chosen for each on the validation split after
+`--search-steps`, where several are given; then there is one run for each seed. Of its best checkpoint the
+test split's perplexity is measured and its translations by beam search, with bootstrap intervals, and paired
+with those of the first model and the same seed. Everything is a run folder and is resumed when the command is
+given again; what was measured is kept beside it.
+"""
+
+import argparse
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.equal_computation import shortened
+from sparsegate.benchmarking.measuring import circumstances
+from sparsegate.evaluation.translation import compare, write_lines
+from sparsegate.inspection.balance import balance_metrics
+from sparsegate.recipes.load import load, require_translation
+from sparsegate.recipes.planner import plan
+from sparsegate.recipes.registry import recipe
+from sparsegate.recipes.search import search
+from sparsegate.training.config import RunConfig
+from sparsegate.training.log import read_log
+from sparsegate.training.loop import train
+from sparsegate.training.storage import read_json, write_json_atomically
+
+MODELS = (
+    "small-translation-dense",
+    "small-translation-moe-32",
+    "small-translation-lstm",
+    "small-translation-moe-32-noisy",
+    "small-translation-moe-256-h",
+)
+
+
+def main() -> None:
+    args = _arguments()
+    torch.set_num_threads(args.threads)
+    rows: list[dict[str, Any]] = []
+    for seed in args.seeds:
+        for name in args.models:
+            config = replace(recipe(name), data=str(args.data), seed=0)
+            rate = best_rate(config, args)
+            config = replace(config, seed=seed, optim=replace(config.optim, learning_rate=rate))
+            row = measured(shortened(config, args.steps), args)
+            rows.append({"name": name, "seed": seed, "learning_rate": rate, **row})
+            rows[-1]["compared"] = against_first(name, seed, args, row["pairs"])
+            write_json_atomically(
+                args.out / "results.json", {**circumstances(), "steps": args.steps, "rows": rows}
+            )
+            print(table(rows), flush=True)
+
+
+def best_rate(config: RunConfig, args: argparse.Namespace) -> float:
+    """The learning rate of lowest validation perplexity after the search steps; one alone is taken."""
+    if len(args.learning_rates) == 1:
+        return args.learning_rates[0]
+    trials = search(
+        shortened(config, args.search_steps),
+        folder=args.out / config.name / "search",
+        learning_rates=args.learning_rates,
+        dropouts=[config.model.dropout],
+        console=None,
+        on_trial=lambda trial: print(config.name, trial, flush=True),
+    )
+    return trials[0].learning_rate
+
+
+def measured(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
+    """Train a model, or go on with it, and measure it, unless that has been done."""
+    folder = args.out / config.name / f"seed-{config.seed}"
+    path = folder / "measured.json"
+    if path.exists():
+        return read_json(path)  # pyrefly: ignore[bad-return]
+    ended = train(config, folder=folder, resume=True)
+    if ended.stopped_by:
+        raise SystemExit(f"stopped by {ended.stopped_by}; the same command goes on")
+    run = require_translation(load(folder))
+    found = run.evaluate("test", num_translated=args.sentences, resamples=1000)
+    speeds = [
+        line["train/tokens_per_second"] for line in read_log(folder / "log.jsonl") if line["kind"] == "step"
+    ]
+    costs = plan(config.model)
+    pairs = {}
+    for name, pair in found.pairs.items():
+        write_lines(folder / f"{name}.hypotheses.txt", pair.hypotheses)
+        write_lines(folder / f"{name}.references.txt", pair.references)
+        pairs[name] = {
+            **pair.metrics(),
+            "scores": [asdict(score) for score in pair.scores],
+            "balance": {layer: balance_metrics(sums) for layer, sums in pair.sums.items()},
+        }
+    row = {
+        "parameters": costs.parameters,
+        "ops_per_timestep": costs.ops_per_timestep,
+        "best_step": run.step,
+        "tokens": ended.state.progress.tokens,
+        "tokens_per_second": sorted(speeds)[len(speeds) // 2],
+        "pairs": pairs,
+    }
+    write_json_atomically(path, row)
+    return row
+
+
+def against_first(
+    name: str, seed: int, args: argparse.Namespace, pairs: dict[str, Any]
+) -> dict[str, list[dict[str, Any]]]:
+    """Paired bootstrap of the translations with those of the first model and the same seed."""
+    if name == args.models[0]:
+        return {}
+    first, own = (args.out / each / f"seed-{seed}" for each in (args.models[0], name))
+    found = {}
+    for pair in pairs:
+        baseline, hypotheses, references = (
+            path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+            for path in (
+                first / f"{pair}.hypotheses.txt",
+                own / f"{pair}.hypotheses.txt",
+                own / f"{pair}.references.txt",
+            )
+        )
+        language = pair.partition("-")[2]
+        comparisons = compare(baseline, hypotheses, references, target_language=language, resamples=1000)
+        found[pair] = [asdict(each) | {"difference": each.difference} for each in comparisons]
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows so far, in Markdown."""
+    lines = [
+        [
+            "model",
+            "seed",
+            "parameters (M)",
+            "multiply-adds (M)",
+            "pair",
+            "perplexity",
+            "BLEU",
+            "chrF",
+            "p (BLEU)",
+        ],
+    ]
+    lines.append(["---"] * len(lines[0]))
+    for row in rows:
+        sizes = [f"{row['parameters'] / 1e6:.1f}", f"{row['ops_per_timestep'] / 1e6:.2f}"]
+        for name, pair in row["pairs"].items():
+            scores = [f"{score['value']:.1f} ± {score['interval']:.1f}" for score in pair["scores"][:2]]
+            compared = row["compared"].get(name)
+            p = f"{compared[0]['p_value']:.3f}" if compared else ""
+            lines.append(
+                [row["name"], str(row["seed"]), *sizes, name, f"{pair['perplexity']:.2f}", *scores, p]
+            )
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--models", nargs="+", default=MODELS, help="the first one is the baseline")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[4e-3])
+    parser.add_argument("--search-steps", type=int, default=300)
+    parser.add_argument("--sentences", type=int, help="translate the first ones alone (default: all)")
+    parser.add_argument("--threads", type=int, default=2)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
