@@ -72,15 +72,16 @@ def training_memory(config: LanguageModelConfig, method: Method) -> Memory:
     num_others = _numel(model.parameters()) - _numel(model.expert_parameters()) - num_tables
     experts = sum(shape.numel() for shape in stacks) * method.expert_bytes
     expert_gradients = _one_of_each(stacks) if method.in_backward else experts
-    other_gradients = num_others * FLOAT32 + _table_gradients(config, method)
+    tables = _table_gradients(config, method)
+    other_gradients = num_others * FLOAT32 + tables
     optimizer = (num_tables + num_others) * 2 * FLOAT32 + _expert_state(stacks, method)
     activations = _activations(config, model, method)
     softmax = _softmax(config, method.tokens)
     weights = experts + (num_tables + num_others) * FLOAT32
     # Expert gradients lie in memory that is kept from step to step; others come after the softmax has gone.
-    evaluation = 3 * min(method.evaluated_logits, method.tokens * config.vocab_size) * FLOAT32
+    evaluation = 2 * min(method.evaluated_logits, method.tokens * config.vocab_size) * FLOAT32
     peak = weights + optimizer + expert_gradients
-    peak += max(other_gradients + evaluation, activations + softmax)
+    peak += max(other_gradients + evaluation, activations + softmax + tables)
     return Memory(
         experts=experts,
         tables=num_tables * FLOAT32,
@@ -121,7 +122,7 @@ def _table_gradients(config: LanguageModelConfig, method: Method) -> int:
 
 
 def _activations(config: LanguageModelConfig, model: LanguageModel, method: Method) -> int:
-    """What a forward pass keeps, and its gradient needs: eight values for each unit of an LSTM.
+    """What a forward pass keeps, and its gradient needs: seven values for each unit of an LSTM.
 
     Beside what a layer keeps there are its output, the sum of the residual connection and the dropout's mask.
     """
@@ -134,13 +135,13 @@ def _activations(config: LanguageModelConfig, model: LanguageModel, method: Meth
             num_lstms, others = 2, 2 * (sum(config.hidden) + config.width)
         case _:
             num_lstms, others = config.num_layers, 0
-    return method.tokens * (around + (8 * num_lstms * config.lstm_units + others) * FLOAT32)
+    return method.tokens * (around + (7 * num_lstms * config.lstm_units + others) * FLOAT32)
 
 
 def _mixture(config: MixtureLM, noise_width: int, method: Method) -> int:
-    """Of each choice of a token the hidden layer, input and output; the gate's logits in their forms."""
+    """Of each choice of a token the hidden layer, input and output; of the gate some forms of its logits."""
     hidden = 0 if method.recompute else config.hidden * (2 if config.experts == "swiglu" else 1)
-    return config.k * (hidden + 2 * config.width) + 6 * noise_width + config.width
+    return config.k * (hidden + 2 * config.width) + 16 * noise_width + config.width
 
 
 def _softmax(config: LanguageModelConfig, tokens: int) -> int:

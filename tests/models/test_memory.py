@@ -1,0 +1,85 @@
+"""What training is said to take is what weights, gradients and optimizers are found to take."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.planned_memory import CASES, row
+from sparsegate.models import FeedForwardLM, MixtureLM, RecurrentLM, build
+from sparsegate.models.memory import Memory, Method, training_memory
+from sparsegate.recipes.registry import recipe
+from sparsegate.training.config import OptimConfig
+from sparsegate.training.loop import make_optimizers
+
+COMMON = {"vocab_size": 11, "width": 6, "dropout": 0.1, "lstm_bias": True}
+MODELS = [
+    MixtureLM(**COMMON, lstm_units=6, num_experts=5, k=2, hidden=7),
+    MixtureLM(**COMMON, lstm_units=6, num_experts=5, k=2, hidden=7, experts="swiglu"),
+    FeedForwardLM(**COMMON, lstm_units=6, hidden=(7, 8)),
+    RecurrentLM(**COMMON, lstm_units=9, lstm_projection=6, num_layers=2),
+]
+METHOD = Method(tokens=10)
+
+
+@pytest.mark.parametrize("config", MODELS, ids=lambda config: config.kind)
+@pytest.mark.parametrize("experts", ["adam", "factored"])
+def test_weights_gradients_and_state_are_those_of_a_model_that_is_trained(config, experts):
+    model = build(config)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizers = make_optimizers(model, OptimConfig(experts=experts))
+    for optimizer in optimizers:
+        optimizer.step()
+    memory = training_memory(config, replace(METHOD, experts=experts))
+    assert memory.weights == sum(p.nbytes for p in model.parameters())
+    assert memory.experts == sum(p.nbytes for p in model.expert_parameters())
+    assert memory.gradients == sum(p.grad.nbytes for p in model.parameters())
+    state = [s for optimizer in optimizers for s in optimizer.state.values()]
+    assert memory.optimizer == sum(t.nbytes for s in state for name, t in s.items() if name != "step")
+
+
+def of(name: str, **method: object) -> Memory:
+    return training_memory(recipe(name).model, Method(**{"tokens": 2048, **method}))
+
+
+def test_each_way_of_saving_saves_what_it_says():
+    plain, parameters = of("moe-4096-h"), 4096 * 2 * 512 * 1024
+    assert plain.experts == 4 * parameters
+    assert of("moe-4096-h", expert_bytes=2).experts == 2 * parameters
+    assert plain.optimizer - of(
+        "moe-4096-h", experts="factored"
+    ).optimizer == 8 * parameters - 4096 * 2 * 4 * (512 + 1024)
+    in_backward = of("moe-4096-h", in_backward=True)
+    assert plain.gradients - in_backward.gradients == 4 * (parameters - parameters // 4096)
+    assert plain.peak - in_backward.peak == plain.gradients - in_backward.gradients
+    recomputed = of("moe-4096-h", recompute=True)
+    assert plain.activations - recomputed.activations == 2048 * 4 * 1024 * 4
+    rows = of("moe-4096-h", sparse_rows=True)
+    assert plain.gradients - rows.gradients == (793_471 - 2048) * 512 * 4
+
+
+def test_a_vocabulary_that_is_sampled_needs_no_logits_of_all_words():
+    config = replace(recipe("moe-256").model, softmax_samples=8192)
+    method = Method(tokens=2048, sparse_rows=True)
+    sampled, full = training_memory(config, method), of("moe-256", sparse_rows=True)
+    assert full.softmax == 3 * 2048 * 793_471 * 4
+    assert sampled.softmax < 0.02 * full.softmax
+    assert full.gradients - sampled.gradients == (793_471 - 2048 - 8192) * 513 * 4
+
+
+def test_the_papers_largest_model_has_about_a_billion_parameters_on_each_of_128_devices():
+    memory = of("news-moe-131072-h", experts="factored", devices=128)
+    assert memory.experts == 4 * 1024 * 2 * 512 * 1024
+    assert memory.experts / 4 == pytest.approx(1e9, rel=0.1)  # appendix D: "up to 1 billion"
+    assert memory.others == of("news-moe-131072-h").others
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells a process's peak")
+@pytest.mark.parametrize("case", CASES)
+def test_the_peak_is_within_a_tenth_of_the_measured_one(case: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PYTHONPATH", ":".join(path for path in sys.path if path))
+    assert row(case)["predicted / measured"] == pytest.approx(1, abs=0.1)
