@@ -1,27 +1,87 @@
 """`sparsegate plan`."""
 
 import json
+from typing import Any
 
 import pytest
 
 from sparsegate.cli.main import main
+from sparsegate.cli.plan import quantity
 from sparsegate.recipes.planner import plan
 from sparsegate.recipes.registry import recipe
 
 Capture = pytest.CaptureFixture[str]
 
 
-def test_json_is_one_object_of_integers(capsys: Capture):
-    assert main(["plan", "moe-32", "--json"]) == 0
-    counted = json.loads(capsys.readouterr().out)
-    assert list(counted) == [
-        "parameters",
-        "parameters_without_embedding_and_softmax",
-        "ops_per_timestep",
-        "ops_per_timestep_with_softmax",
-    ]
-    assert all(type(value) is int for value in counted.values())
-    assert counted == vars(plan(recipe("moe-32").model))
+def planned(capsys: Capture, *words: str) -> dict[str, Any]:
+    assert main(["plan", *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_json_is_one_object_that_begins_with_the_counts(capsys: Capture):
+    counts = vars(plan(recipe("moe-32").model))
+    told = planned(capsys, "moe-32")
+    assert dict(list(told.items())[: len(counts)]) == counts
+    assert all(type(value) is int for value in counts.values())
+    assert told["active_parameters"] == told["parameters"] - 28 * 2 * 512 * 1024
+    assert told["rows_per_expert"] == 4 * 300_000 / 32
+    assert told["multiply_adds_per_number"] == 1024  # section 3.2: the size of the hidden layer
+    assert told["memory"]["weights"] == 4 * told["parameters"]
+    assert planned(capsys, "moe-32", "--model.experts", "swiglu")["multiply_adds_per_number"] == 1536
+    assert "layout" not in told
+
+
+def test_options_of_training_change_what_it_takes(capsys: Capture):
+    plain = planned(capsys, "moe-4096-h")["memory"]
+    saving = ["--expert-weights", "bfloat16", "--in-backward", "--sparse-rows", "--recompute"]
+    small = planned(
+        capsys, "moe-4096-h", *saving, "--optim.experts", "factored", "--training.micro-batches", "8"
+    )
+    for name in ("experts", "gradients", "optimizer", "activations", "peak"):
+        assert small["memory"][name] < 0.6 * plain[name]
+
+
+def test_a_model_is_laid_over_devices_whose_constants_are_printed(capsys: Capture):
+    words = ["news-moe-65536-h", "--optim.experts", "factored", "--devices", "64", "--bandwidth", "25GB/s"]
+    told = planned(capsys, *words)
+    assert told["machine"] == {
+        "devices": 64,
+        "memory": 80 * 2**30,
+        "flops": 989e12,
+        "efficiency": 0.5,
+        "memory_bandwidth": 3.35e12,
+        "bandwidth": 25e9,
+    }
+    assert told["layout"]["experts_per_device"] == 1024
+    assert main(["plan", *words]) == 0
+    shown = capsys.readouterr().out
+    assert "GiB" in shown
+    assert "989T" in shown or "9.89e+14" in shown
+
+
+def test_a_model_that_is_larger_than_the_memory_is_refused_after_its_figures(capsys: Capture):
+    assert main(["plan", "moe-4096-h", "--memory", "24GiB", "--json"]) == 2
+    told = capsys.readouterr()
+    assert json.loads(told.out)["layout"]["memory"] > 24 * 2**30
+    assert told.err.count("\n") == 1
+    assert "memory (24.0 GiB) is less than the " in told.err
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("80GiB", 80 * 2**30),
+        ("80 GiB", 80 * 2**30),
+        ("450GB/s", 450e9),
+        ("989T", 989e12),
+        ("1e12", 1e12),
+        ("12", 12),
+        ("3.5 PFLOP/s", 3.5e15),
+        ("64KiB", 65536),
+    ],
+)
+def test_quantities_have_the_prefixes_of_units(text: str, number: float):
+    assert quantity(text) == number
 
 
 def test_fields_of_the_recipe_can_be_changed(capsys: Capture):
@@ -51,6 +111,11 @@ def test_people_read_the_same_numbers(name: str, capsys: Capture):
         (["moe-32", "--model.num-expert", "8"], "--model.num-expert: no such option; did you mean"),
         (["moe-32", "--model.k", "33"], "model.k (33) must be between 1 and model.num-experts (32)"),
         (["moe-32", "--model.hidden", "many"], "model.hidden (many)"),
+        (["moe-32", "--memory", "much"], "much: give a number, as 80GiB, 450GB or 1e12"),
+        (["moe-32", "--memory", "1.2.3"], "1.2.3: give a number"),
+        (["moe-32", "--devices", "0"], "devices (0) must be above 0"),
+        (["moe-32", "--efficiency", "2"], "efficiency (2.0) must be above 0 and at most 1"),
+        (["small-moe-32", "--devices", "2000"], "devices (2,000) must not exceed the 1,024 tokens"),
     ],
 )
 def test_what_is_no_model_is_refused_in_one_line(words: list[str], message: str, capsys: Capture):

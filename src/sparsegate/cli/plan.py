@@ -36,7 +36,7 @@ _UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 def quantity(text: str) -> float:
     """A number with a unit's prefix, such as 80GiB, 450GB/s or 989T."""
     match = re.fullmatch(
-        r"([0-9.]+(?:e[0-9]+)?) ?([kmgtp]?|[kmgt]i)(?:b|flops|flop|b/s|flop/s)?", text.lower()
+        r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?) ?([kmgtp]?|[kmgt]i)(?:b|flops|flop|b/s|flop/s)?", text.lower()
     )
     if match is None:
         raise ArgumentTypeError(f"{text}: give a number, as 80GiB, 450GB or 1e12")

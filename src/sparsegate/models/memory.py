@@ -15,7 +15,7 @@ from .build import build
 from .config import FeedForwardLM, LanguageModelConfig, MixtureLM
 from .language_model import LanguageModel
 
-FLOAT32, BFLOAT16, BOOL = 4, 2, 1
+FLOAT32, BFLOAT16, BOOL, STEP = 4, 2, 1, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +100,10 @@ def _local_shape(stack: nn.Parameter, method: Method) -> torch.Size:
 
 
 def _expert_state(stacks: Sequence[torch.Size], method: Method) -> int:
-    """Two moments of every weight, or the averages of every matrix's rows and columns."""
+    """Two moments of every weight, or every matrix's averages of rows and columns, and its last step."""
     if method.experts == "adam":
         return sum(shape.numel() for shape in stacks) * 2 * FLOAT32
-    return sum(shape[0] * (shape[-2] + shape[-1]) for shape in stacks) * FLOAT32
+    return sum(shape[0] * ((shape[-2] + shape[-1]) * FLOAT32 + STEP) for shape in stacks)
 
 
 def _one_of_each(stacks: Sequence[torch.Size]) -> int:

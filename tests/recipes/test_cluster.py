@@ -1,0 +1,90 @@
+"""A model laid over devices: traffic by counting it, times by the formula, memory refused in one line."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sparsegate.models import MixtureLM
+from sparsegate.models.gates import HierarchicalGate
+from sparsegate.models.memory import Method
+from sparsegate.recipes.cluster import Layout, Machine, arithmetic_flops, lay_out
+from sparsegate.recipes.planner import plan
+from sparsegate.recipes.registry import recipe
+
+
+def laid(name: str, machine: Machine, *, batch_tokens: int = 8192, **method: object) -> Layout:
+    return lay_out(
+        recipe(name).model,
+        machine,
+        Method(**{"tokens": 1, **method}),
+        batch_tokens=batch_tokens,
+        micro_batches=1,
+        value_bytes=2,
+    )
+
+
+@pytest.mark.parametrize("name", ["moe-256", "moe-1024-h"])
+@pytest.mark.parametrize("devices", [1, 2, 16])
+def test_what_is_sent_is_what_tokens_with_experts_drawn_at_random_would_send(name: str, devices: int):
+    model = recipe(name).model
+    assert isinstance(model, MixtureLM)
+    choices = model.gate.k_primary if isinstance(model.gate, HierarchicalGate) else model.k
+    tokens = 8192 // devices
+    device_TC = torch.randint(devices, (200_000, choices))
+    other = torch.arange(1, devices)  # the token itself is on device 0
+    reached = (device_TC[:, :, None] == other).any(dim=1).sum(dim=1).float().mean().item()
+    expected = 4 * tokens * reached * model.width * 2  # there and back, forward and backward; two bytes
+    assert laid(name, Machine(devices=devices)).all_to_all_bytes == pytest.approx(expected, rel=0.01)
+
+
+def test_the_gradients_of_copies_travel_in_a_ring_and_those_of_experts_do_not():
+    layout = laid("moe-256", Machine(devices=8))
+    counted = plan(recipe("moe-256").model)
+    experts = 256 * 2 * 512 * 1024
+    assert layout.copied_parameters == counted.parameters - experts
+    assert layout.all_reduce_bytes == round(2 * 7 / 8 * 4 * (counted.parameters - experts))
+
+
+def test_a_step_takes_what_the_roofline_says():
+    machine = Machine(devices=4, flops=1e12, efficiency=0.5, memory_bandwidth=1e12, bandwidth=1e9)
+    layout = laid("moe-32", machine)
+    counted = plan(recipe("moe-32").model)
+    flops = 6 * (counted.ops_per_timestep + 512 * 793_471) * 2048
+    assert layout.arithmetic_seconds == pytest.approx(flops / 5e11)
+    assert layout.network_seconds == (layout.all_to_all_bytes + layout.all_reduce_bytes) / 1e9
+    times = (layout.arithmetic_seconds, layout.memory_seconds, layout.network_seconds)
+    assert layout.overlapped_seconds == max(times)
+    assert layout.in_turn_seconds == sum(times)
+    assert layout.tflops == pytest.approx(flops / max(times) / 1e12)
+    assert layout.rows_per_expert == 4 * 8192 / 32
+
+
+def test_one_device_sends_nothing():
+    layout = laid("moe-32", Machine())
+    assert layout.all_to_all_bytes == layout.all_reduce_bytes == 0
+
+
+def test_a_sampled_softmax_counts_its_candidates():
+    model = replace(recipe("moe-4").model, softmax_samples=8192)
+    assert arithmetic_flops(model) == 6 * (plan(model).ops_per_timestep + 512 * 8192)
+
+
+def test_more_devices_hold_fewer_experts_each_and_take_less_memory():
+    some = [laid("moe-4096-h", Machine(devices=devices)) for devices in (1, 4, 16)]
+    assert [layout.experts_per_device for layout in some] == [4096, 1024, 256]
+    assert some[0].memory > some[1].memory > some[2].memory
+
+
+def test_a_model_that_does_not_fit_is_refused_with_the_figures():
+    machine = Machine(devices=2, memory=2**30)
+    with pytest.raises(ValueError, match=r"memory \(1\.0 GiB\) is less than the [0-9.]+ GiB that training"):
+        laid("moe-4096-h", machine).require_memory(machine)
+    roomy = Machine(devices=16, memory=2**45)
+    laid("moe-4096-h", roomy).require_memory(roomy)
+
+
+@pytest.mark.parametrize("name", ["4xlstm-512", "moe-1-wide"])
+def test_dense_models_are_copied_and_send_no_tokens(name: str):
+    layout = laid(name, Machine(devices=4))
+    assert (layout.all_to_all_bytes, layout.experts_per_device, layout.rows_per_expert) == (0, 0, 0)
