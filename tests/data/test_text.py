@@ -59,7 +59,10 @@ def test_blank_lines_are_dropped_unless_kept(tmp_path: Path) -> None:
     assert read(path, KEEP) == ["a", "", " \t\u00a0\u2028", " b "]
 
 
-@given(several=st.lists(lines), name=st.sampled_from(["a.txt", "a.txt.gz", "a.jsonl", "a.jsonl.gz"]))
+@given(
+    several=st.lists(lines),
+    name=st.sampled_from(["a.txt", "a.txt.gz", "a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz"]),
+)
 def test_every_kind_of_file_gives_the_same_lines(
     several: list[str], name: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -67,7 +70,7 @@ def test_every_kind_of_file_gives_the_same_lines(
     if several:
         several[0] = several[0].lstrip("\ufeff")
     content = "".join(f"{line}\n" for line in several).encode()
-    if ".jsonl" in name:
+    if ".json" in name:
         half = len(several) // 2
         documents = ["".join(f"{line}\n" for line in part) for part in (several[:half], several[half:])]
         content = "\n".join(json.dumps({"text": document}) for document in documents).encode()

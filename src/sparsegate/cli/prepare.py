@@ -44,7 +44,7 @@ def add_arguments(parser: Parser) -> None:
     _add_reading(
         parser.add_argument_group(
             "reading",
-            "TEXT is a file, or a folder of files. Files .gz are unpacked, .jsonl and .json.gz hold one "
+            "TEXT is a file, or a folder of files. Files .gz are unpacked, .jsonl and .json hold one "
             "object a line, .parquet needs pyarrow. A folder of the 1 Billion Word benchmark, of WikiText, "
             "or of shards that name their split brings text to train, validate and test on.",
         )

@@ -18,7 +18,7 @@ class ParallelText:
 
     languages: two codes, in the order of the files or fields.
     files: two aligned ones, line n of one beside line n of the other; or a single one: tab-separated columns,
-        or JSON lines if its name ends in ``.jsonl``. All of them may be packed (``.gz``).
+        or JSON lines if its name ends in ``.jsonl`` or ``.json``. All of them may be packed (``.gz``).
     fields: where in a single file the two texts stand: numbers of columns, counted from 1, or keys. None:
         columns 1 and 2, or keys that are named like the languages.
     """
