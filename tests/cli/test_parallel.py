@@ -66,6 +66,7 @@ def test_the_options_reach_the_dataset(capsys: pytest.CaptureFixture[str]):
         ("--pair en-fr:valid.tsv --max-ratio 0", "max_ratio (0.0) must be at least 1"),
         ("--pair en-fr:valid.tsv --vocabulary-size 9", "vocabulary_size (9) must be at least 262"),
         ("--pair en-fr:valid.tsv --vocabulary words", "--vocabulary: is for text of one language"),
+        ("--pair en-fr:valid.tsv --workers 2", "--workers: is for text of one language"),
         ("--pair en-fr:valid.tsv --hold-out files", "--hold-out: is for text of one language"),
         ("book.txt --pair en-fr:valid.tsv", "TEXT: is for text of one language"),
         ("--pair en-fr:valid.tsv --valid book.txt", "--valid: is for text of one language"),

@@ -89,7 +89,6 @@ def _add_reading(group: ArgumentGroup) -> None:
     group.add_argument(
         "--workers",
         type=int,
-        default=os.cpu_count() or 1,
         metavar="N",
         help="processes that read; the result is the same for any number (default: one for each core)",
     )
@@ -131,7 +130,7 @@ def run(args: Namespace) -> int:
             valid_share=args.valid_share,
             test_share=args.test_share,
             text=text,
-            workers=args.workers,
+            workers=(os.cpu_count() or 1) if args.workers is None else args.workers,
             progress=progress,
         )
     Console().print(_summary(args.output, dataset))
