@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsegate.data import TextOptions
-from sparsegate.data.spans import READ_BYTES, whole
+from sparsegate.data.spans import READ_BYTES, cut, whole
 from sparsegate.data.text import read_lines
 from sparsegate.data.text_files import text_files
 from tests.data.making import lines, write
@@ -38,6 +38,9 @@ def refusal(path: Path, options: TextOptions = KEEP) -> str:
     [
         (b"", []),
         (b"\n", [""]),
+        (b"\xef\xbb\xbf", []),
+        (b"\xef\xbb\xbf\n", [""]),
+        (b"\n\xef\xbb\xbf", ["", "\ufeff"]),
         (b"one", ["one"]),
         (b"one\ntwo\n", ["one", "two"]),
         (b"one\r\n\r\ntwo\r\n", ["one", "", "two"]),
@@ -154,6 +157,15 @@ def test_a_damaged_gzip_file_is_refused(tmp_path: Path) -> None:
     packed = gzip.compress("".join(f"line {number} {number**7}\n" for number in range(2000)).encode())
     for damaged in (packed[:-9], packed[:40] + b"\xff\xff\xff" + packed[43:], packed + b"rest"):
         assert refusal(write(tmp_path / "text.gz", damaged)).startswith(": damaged gzip file (")
+
+
+@pytest.mark.parametrize("name", ["text.gz", "text.jsonl.gz", "text.parquet"])
+def test_a_packed_file_without_a_byte_is_refused(name: str, tmp_path: Path) -> None:
+    empty = write(tmp_path / name, b"")
+    assert refusal(empty) == f": 0 bytes, which is no {empty.suffix} file; download or make it again"
+    with pytest.raises(ValueError, match="0 bytes, which is no"):
+        cut([write(tmp_path / "text.txt", "text\n"), empty], part_bytes=1000)
+    assert read(write(tmp_path / "text.gz", gzip.compress(b""))) == read(write(tmp_path / "text", b"")) == []
 
 
 @pytest.mark.parametrize(
