@@ -20,6 +20,7 @@ def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("short.fr").write_text("un\n")
     Path("latin.tsv").write_bytes("one\tna\xefve\n".encode("latin-1"))
     tsv(Path("valid.tsv"), pairs("en", "fr", range(300, 340)))
+    tsv(Path("test.tsv"), pairs("en", "fr", range(340, 380)))
     tsv(Path("de.tsv"), [*pairs("en", "de", range(200)), ("", "leer"), ("one", "eins " * 300)])
     Path("book.txt").write_text("a line\n" * 900)
 
@@ -40,7 +41,7 @@ def test_the_example_works(capsys: pytest.CaptureFixture[str]):
 
 def test_the_options_reach_the_dataset(capsys: pytest.CaptureFixture[str]):
     words = """prepare --pair en-fr:train.en,train.fr --pair en-de:de.tsv --valid-pair en-fr:valid.tsv
-    --test-pair en-fr:valid.tsv --both-directions --max-subwords 50 --max-ratio 5 --vocabulary-size 300
+    --test-pair en-fr:test.tsv --both-directions --max-subwords 50 --max-ratio 5 --vocabulary-size 300
     --output d"""
     assert main(words.split()) == 0
     dataset = TranslationDataset.open(Path("d"))
@@ -65,9 +66,11 @@ def test_the_options_reach_the_dataset(capsys: pytest.CaptureFixture[str]):
         ("--pair en-fr:valid.tsv --max-ratio 0", "max_ratio (0.0) must be at least 1"),
         ("--pair en-fr:valid.tsv --vocabulary-size 9", "vocabulary_size (9) must be at least 262"),
         ("--pair en-fr:valid.tsv --vocabulary words", "--vocabulary: is for text of one language"),
+        ("--pair en-fr:valid.tsv --workers 2", "--workers: is for text of one language"),
         ("--pair en-fr:valid.tsv --hold-out files", "--hold-out: is for text of one language"),
         ("book.txt --pair en-fr:valid.tsv", "TEXT: is for text of one language"),
         ("--pair en-fr:valid.tsv --valid book.txt", "--valid: is for text of one language"),
+        ("--pair en-fr:valid.tsv --test-pair en-fr:valid.tsv", "valid.tsv: given twice for en-fr, for train"),
         ("book.txt --both-directions", "--both-directions: is for parallel text; give a --pair"),
         ("book.txt --max-subwords 9", "--max-subwords: is for parallel text"),
         ("--valid-pair en-fr:valid.tsv", "train: no text to make subwords from"),

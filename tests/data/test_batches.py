@@ -205,7 +205,7 @@ def plain_epoch(lengths: list[int], batch_words: int, max_length: int, seed: int
     num_batches = max(1, num_tokens // batch_words)
     num_blocks = max(1, num_tokens // max_length)
     block_of = [min(piece.start // max_length, num_blocks - 1) for piece in pieces]
-    order = Permutation(size=num_blocks, seed=(seed, 0))(np.arange(num_blocks)).tolist()
+    order = Permutation(size=num_blocks, seed=(0, 0, 0, seed))(np.arange(num_blocks)).tolist()
     num_windows = -(-num_batches // max(1, batches._BLOCKS_AT_ONCE * max_length // batch_words))
     found: list[list[range]] = []
     for window in range(num_windows):
@@ -215,7 +215,7 @@ def plain_epoch(lengths: list[int], batch_words: int, max_length: int, seed: int
         # What is left behind the last whole block is drawn for last.
         tail = [p for each in rest for p in each if p.start >= num_blocks * max_length]
         drawn = [p for each in rest for p in each if p not in tail] + tail
-        draw = random_numbers((seed, 0, window), len(drawn) + after - first).tolist()
+        draw = random_numbers((1, 0, window, seed), len(drawn) + after - first).tolist()
         ordered = sorted(range(len(drawn)), key=lambda n: (len(drawn[n]), draw[n]))
         total, cuts, done = sum(map(len, drawn)), [], 0
         for number in ordered:
@@ -255,6 +255,28 @@ def test_sentence_batches_are_those_of_plain_loops(
     ]
     stream = token_file.token_N.tolist()
     assert rows == [[[stream[place] for place in piece] for piece in batch] for batch in expected]
+
+
+def test_no_two_orders_of_sentences_are_drawn_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither of blocks and pieces nor of epochs, windows and seeds, also such as are several numbers."""
+    first_of: Counter[int] = Counter()
+
+    def recorded(seed: tuple[int, ...], size: int) -> np.ndarray:
+        first_of[int(random_numbers(seed, 1)[0])] += 1
+        return random_numbers(seed, size)
+
+    monkeypatch.setattr("sparsegate.data.batches.random_numbers", recorded)
+    monkeypatch.setattr("sparsegate.data.permutation.random_numbers", recorded)
+    monkeypatch.setattr(batches, "_BLOCKS_AT_ONCE", 8)
+    token_file = in_memory([9] * 30)
+    seeds = [0, 1, 7, 1 << 32, 7 + (1 << 32), 7 + (2 << 32), 7 + (1 << 64)]
+    for seed in seeds:
+        made = SentenceBatches(token_file=token_file, batch_words=40, max_length=10, seed=seed)
+        for epoch in range(3):
+            epoch_of(made, epoch)
+    assert made._num_windows > 2
+    # For every window its blocks are drawn, the same for all of an epoch, and its pieces.
+    assert len(first_of) == len(seeds) * 3 * (1 + made._num_windows)
 
 
 def test_batches_of_many_windows_hold_as_many_words_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,75 @@ def test_shards_bring_the_splits_that_they_name(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("ending", ["txt", "json", "jsonl.gz", "txt.gz"])
+@pytest.mark.parametrize("name", ["train-{}-{}", "c4-train.{}", "en_train-{}"])
+def test_shards_of_any_common_name_and_ending_bring_their_splits(
+    name: str, ending: str, tmp_path: Path
+) -> None:
+    """In older data sets on hubs each has a hash in its name, and another one."""
+    texts = {"train": ["one", "two"], "dev": ["three"], "test": ["four"]}
+    for split, lines in texts.items():
+        for number, line in enumerate(lines):
+            content = (json.dumps({"text": line}) if "json" in ending else line).encode()
+            hashed = f"{ord(line[0]):016x}"
+            stem = name.replace("train", split).format(f"{number:05}-of-{len(lines):05}", hashed)
+            packed = gzip.compress(content) if ending.endswith("gz") else content
+            write(tmp_path / f"corpus/{stem}.{ending}", packed)
+    assert prepared(tmp_path, vocabulary="bytes") == {
+        "train": ["one", "two"],
+        "valid": ["three"],
+        "test": ["four"],
+        "layout": ["shards that name their split", "plain-1"],
+    }
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        "unsupervised-00000-of-00001.txt",
+        "train-00000-of-00001.txt.md5",
+        "train-00000-of-00002-0123456789abcdef-more.txt",
+        "notes.txt",
+        "more/extra.txt",
+    ],
+)
+def test_a_folder_that_is_no_layout_because_of_one_file_is_refused_by_its_name(
+    odd: str, tmp_path: Path
+) -> None:
+    for name in ("train-00000-of-00001.txt", "test-00000-of-00001.txt", odd):
+        write(tmp_path / "corpus" / name, "text\n")
+    assert refusal(tmp_path) == (
+        f"/{odd}: does not fit among shards of test and train; "
+        "give the files of each split by name, or a folder with nothing else"
+    )
+
+
+def test_shards_of_several_splits_below_a_folder_are_no_text_to_train_on(tmp_path: Path) -> None:
+    for name in ("train-00000-of-00001.txt", "validation-00000-of-00001.txt"):
+        write(tmp_path / "corpus/data" / name, "text\n")
+    assert "does not fit among shards of train and valid; give the files of each" in refusal(tmp_path)
+    assert len(text_files([write(tmp_path / "only/test-00000-of-00001.txt", "text").parent])) == 1
+
+
+def test_splits_of_different_formats_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "corpus/train-00000-of-00001.jsonl", '{"text": "line"}')
+    write(tmp_path / "corpus/test-00000-of-00001.txt", "line")
+    found = "JSON lines (train-00000-of-00001.jsonl) and plain text (test-00000-of-00001.txt)"
+    assert refusal(tmp_path) == f": mixes {found}; give the files that are the text by name"
+
+
+def test_checksums_of_shards_are_not_text(tmp_path: Path) -> None:
+    write(c4(tmp_path / "corpus") / "c4-train.00000-of-00003.json.gz.md5", "d41d8cd9  c4-train\n")
+    assert ": mixes JSON lines (c4-train.00000-of-00003.json.gz) and plain text (c4-" in refusal(tmp_path)
+
+
+def test_a_shard_that_is_there_twice_is_named(tmp_path: Path) -> None:
+    for digit in "ab":
+        write(tmp_path / f"corpus/train-00000-of-00001-{digit * 16}.txt", "text\n")
+    cause = f"-{'b' * 16}.txt: the same shard as train-00000-of-00001-{'a' * 16}.txt; remove one of them"
+    assert refusal(tmp_path).endswith(cause)
+
+
 def test_a_split_that_is_given_replaces_that_of_the_layout(tmp_path: Path) -> None:
     wikitext(tmp_path / "corpus")
     mine = write(tmp_path / "mine.txt", "a word of mine\n")

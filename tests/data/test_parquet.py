@@ -59,6 +59,19 @@ def test_every_kind_of_text_column_is_read_and_another_column_by_its_name(pa: An
         assert read(path, TextOptions(field="body")) == ["one", "two", "three"]
 
 
+def test_the_column_is_that_of_the_name_and_of_no_part_of_it(pa: Any, tmp_path: Path) -> None:
+    table = pa.table({"a": [{"b": "wrong"}], "a.b": ["right"], "b": ["wrong"]})
+    pa.parquet.write_table(table, tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet", TextOptions(field="a.b")) == ["right"]
+
+
+def test_two_columns_of_the_name_are_refused(pa: Any, tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"]), pa.array(["c"])], ["text", "id", "text"])
+    pa.parquet.write_table(table, tmp_path / "a.parquet")
+    assert refusal(tmp_path / "a.parquet") == ": 2 columns 'text'; rename all but one"
+    assert read(tmp_path / "a.parquet", TextOptions(field="id")) == ["b"]
+
+
 def test_progress_comes_to_the_size_of_the_file(pa: Any, tmp_path: Path) -> None:
     path = make(pa, tmp_path / "a.parquet", [f"row {number}" for number in range(100)])
     steps: list[int] = []

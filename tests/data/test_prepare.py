@@ -1,5 +1,6 @@
 import gzip
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -110,6 +111,14 @@ def test_lines_are_held_out_by_their_content_in_the_shares_asked_for(tmp_path: P
     assert {split: sorted(found) for split, found in shuffled.items()} == {
         split: sorted(found) for split, found in splits.items()
     }
+
+
+def test_lines_that_are_stored_alike_are_held_out_alike(tmp_path: Path) -> None:
+    composed = [f"caf\u00e9 {number}" for number in range(500)]
+    text = "".join(f"{line}\n{unicodedata.normalize('NFD', line)}\n" for line in composed)
+    splits = hold_out(tmp_path, text)
+    assert sorted(line for split in splits.values() for line in split) == sorted(2 * composed)
+    assert sum(len(set(split)) for split in splits.values()) == len(composed)
 
 
 def test_whole_files_are_held_out_by_their_content(tmp_path: Path) -> None:

@@ -181,6 +181,38 @@ def test_a_damaged_piece_is_made_again(damage: str, text: Path, tmp_path: Path) 
     assert contents(tmp_path / "dataset") == whole(text, "words")
 
 
+@pytest.mark.parametrize(
+    "file",
+    [
+        "count-000001.entries",
+        "count-000001.counts",
+        "tokens-000001.train.tokens",
+        "tokens-000001.train.sentences",
+    ],
+)
+@pytest.mark.parametrize("change", ["shorter", "other"])
+def test_a_piece_that_changes_after_it_was_finished_gets_into_no_dataset(
+    file: str, change: str, text: Path, tmp_path: Path
+) -> None:
+    """Such as by a worker of a command that was killed."""
+    options = many_parts(tmp_path / "dataset", text, "words", workers=1)
+    changed = []
+
+    def change_once_finished(done: int, total: int) -> None:
+        for path in tmp_path.glob(f".tmp-*/pieces/{file}"):
+            if not changed and path.with_name(f"{file.split('.')[0]}.json").exists():
+                content = path.read_bytes()
+                path.write_bytes(content[:-3] if change == "shorter" else content[1:2] + content[1:])
+                changed.append(path)
+
+    with pytest.raises(ValueError, match=rf"{file}: changed since it was written; give the same command"):
+        prepare(**options, progress=change_once_finished)
+    assert changed
+    assert list(tmp_path.iterdir()) == []
+    prepare(**options)
+    assert contents(tmp_path / "dataset") == whole(text, "words")
+
+
 def test_text_that_has_changed_is_read_again(text: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "text", text.read_bytes())
     options = many_parts(tmp_path / "dataset", source, "words", workers=1)

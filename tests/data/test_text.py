@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsegate.data import TextOptions
-from sparsegate.data.spans import READ_BYTES, whole
+from sparsegate.data.spans import READ_BYTES, cut, whole
 from sparsegate.data.text import read_lines
 from sparsegate.data.text_files import text_files
 from tests.data.making import lines, write
@@ -38,6 +38,9 @@ def refusal(path: Path, options: TextOptions = KEEP) -> str:
     [
         (b"", []),
         (b"\n", [""]),
+        (b"\xef\xbb\xbf", []),
+        (b"\xef\xbb\xbf\n", [""]),
+        (b"\n\xef\xbb\xbf", ["", "\ufeff"]),
         (b"one", ["one"]),
         (b"one\ntwo\n", ["one", "two"]),
         (b"one\r\n\r\ntwo\r\n", ["one", "", "two"]),
@@ -59,7 +62,10 @@ def test_blank_lines_are_dropped_unless_kept(tmp_path: Path) -> None:
     assert read(path, KEEP) == ["a", "", " \t\u00a0\u2028", " b "]
 
 
-@given(several=st.lists(lines), name=st.sampled_from(["a.txt", "a.txt.gz", "a.jsonl", "a.jsonl.gz"]))
+@given(
+    several=st.lists(lines),
+    name=st.sampled_from(["a.txt", "a.txt.gz", "a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz"]),
+)
 def test_every_kind_of_file_gives_the_same_lines(
     several: list[str], name: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -67,7 +73,7 @@ def test_every_kind_of_file_gives_the_same_lines(
     if several:
         several[0] = several[0].lstrip("\ufeff")
     content = "".join(f"{line}\n" for line in several).encode()
-    if ".jsonl" in name:
+    if ".json" in name:
         half = len(several) // 2
         documents = ["".join(f"{line}\n" for line in part) for part in (several[:half], several[half:])]
         content = "\n".join(json.dumps({"text": document}) for document in documents).encode()
@@ -151,6 +157,15 @@ def test_a_damaged_gzip_file_is_refused(tmp_path: Path) -> None:
     packed = gzip.compress("".join(f"line {number} {number**7}\n" for number in range(2000)).encode())
     for damaged in (packed[:-9], packed[:40] + b"\xff\xff\xff" + packed[43:], packed + b"rest"):
         assert refusal(write(tmp_path / "text.gz", damaged)).startswith(": damaged gzip file (")
+
+
+@pytest.mark.parametrize("name", ["text.gz", "text.jsonl.gz", "text.parquet"])
+def test_a_packed_file_without_a_byte_is_refused(name: str, tmp_path: Path) -> None:
+    empty = write(tmp_path / name, b"")
+    assert refusal(empty) == f": 0 bytes, which is no {empty.suffix} file; download or make it again"
+    with pytest.raises(ValueError, match="0 bytes, which is no"):
+        cut([write(tmp_path / "text.txt", "text\n"), empty], part_bytes=1000)
+    assert read(write(tmp_path / "text.gz", gzip.compress(b""))) == read(write(tmp_path / "text", b"")) == []
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from tests.data.making import write
         ("b\r\na", ["b", "a"], [0, 0, 0, 0]),
         ("</S>\n<S>\n<UNK>\nb\na\n", ["<S>", "b", "a"], [0, 0, 0, 0, 0]),
         ("b 9\n<unk> 5\na 3\n</s> 4\n", ["b", "a"], [4, 5, 9, 3]),
+        ("e\u0301\n\u212b\n", ["\u00e9", "\u00c5"], [0, 0, 0, 0]),
         ("é\n3\n", ["é", "3"], [0, 0, 0, 0]),
     ],
 )
@@ -42,6 +43,7 @@ def test_words_stand_in_the_order_of_the_file_after_the_special_ones(
         (b"a -3\n", ", line 1: 'a -3' is not one word"),
         (b"a 3\nb\n", ", line 2: some lines have a count and others none;"),
         (b"a\nb\na\n", ", line 3: 'a' stands in line 1 as well; remove one of them"),
+        ("\u00e9\ne\u0301\n".encode(), ", line 2: '\u00e9' stands in line 1 as well; remove one of them"),
         (b"<UNK>\n<unk>\n", ", line 2: '<unk>' stands in line 1 as well"),
         (b"a\n" + b"b" * 129, ", line 2: '" + "b" * 40 + "'... is longer than 128 characters"),
         (b"a\n\xff\n", ", line 2: byte 0xff is not UTF-8"),

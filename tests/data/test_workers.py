@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from sparsegate.data.workers import run_all
+from tests.data.children import start
 
 
 def make_work(folder: Path) -> Callable[[int, Callable[[int], None]], None]:
@@ -37,6 +38,23 @@ def make_deadly() -> Callable[[int, Callable[[int], None]], None]:
             os.kill(os.getpid(), signal.SIGKILL)
 
     return work
+
+
+def make_slowly(folder: Path) -> Callable[[int, Callable[[int], None]], None]:
+    """Work that is known by a file for each process that will do it, when there is a file `go`."""
+    (folder / f"process-{os.getpid()}").touch()
+    while not (folder / "go").exists():
+        time.sleep(0.01)
+
+    def work(number: int, advance: Callable[[int], None]) -> None:
+        (folder / str(number)).touch()
+        advance(number)
+
+    return work
+
+
+def run_slowly(folder: Path) -> None:
+    run_all(range(9), make_work=partial(make_slowly, folder), workers=2, advance=print)
 
 
 @pytest.mark.parametrize("workers", [1, 3, 20])
@@ -73,3 +91,25 @@ def test_a_worker_that_is_killed_is_named_with_its_signal() -> None:
 def test_an_error_while_a_worker_begins_is_no_silence() -> None:
     with pytest.raises(ChildProcessError, match=r"exit code 1"):
         run_all(range(9), make_work=partial(int, "no number"), workers=2, advance=print)
+
+
+def test_a_worker_whose_parent_was_killed_begins_no_task_that_it_was_given(tmp_path: Path) -> None:
+    parent = start(run_slowly, tmp_path)
+    while len(processes := list(tmp_path.glob("process-*"))) < 2:
+        time.sleep(0.01)
+    time.sleep(0.3)  # now the tasks are in the pipes
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.join()
+    (tmp_path / "go").touch()
+    until = time.monotonic() + 20
+    while any(is_alive(int(path.name.removeprefix("process-"))) for path in processes):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "go", *processes])
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

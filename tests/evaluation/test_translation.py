@@ -16,6 +16,7 @@ from sparsegate.evaluation.translation import (
     one_line,
     score,
     write_lines,
+    write_references,
 )
 from tests.data.making import lines
 
@@ -63,6 +64,20 @@ def test_scores_are_those_of_the_command_line_of_sacrebleu(tmp_path: Path) -> No
         assert found.value == pytest.approx(expected["score"], abs=1e-9)
         assert found.signature == expected["signature"]
         assert found.interval is None
+
+
+def test_references_are_scored_as_they_were_published(tmp_path: Path) -> None:
+    curious = ["ab\x01cd ef gh ij", "one\x9ftwo three four \x85", "a\u2028b c d e\x1f f\rg ", *REFERENCES[3:]]
+    published = tmp_path / "references"
+    published.write_bytes("".join(f"{line}\n" for line in curious).encode())
+    hypotheses = ["ab\x01cd ef gh ij", "one two three four", "a b c d e f g", *GOOD[3:]]
+    at = files(tmp_path, hypotheses=hypotheses)
+    options = ("-m", "bleu", "chrf", "-f", "json", "-w", "10")
+    expected = json.loads(command(str(published), "-i", at["hypotheses"], *options))
+    found = [one.value for one in score(hypotheses, curious)]
+    assert found == pytest.approx([one["score"] for one in expected], abs=1e-9)
+    write_references(tmp_path / "written", [curious[0], curious[1].replace(" ", "\n", 1), *curious[2:]])
+    assert (tmp_path / "written").read_bytes() == published.read_bytes()
 
 
 def test_intervals_are_those_of_the_command_line(tmp_path: Path) -> None:

@@ -40,15 +40,15 @@ def make_translation_dataset(
 ) -> TranslationDataset:
     """Beginnings of the lines, and their words backwards as the translation. Of three parts, all alike."""
     folder.mkdir(parents=True)
-    text = folder / "en-fr.tsv"
     beginnings = [line.split()[: 2 + number % 9] for number, line in enumerate(lines)]
-    text.write_text("".join(f"{' '.join(words)}\t{' '.join(words[::-1])}\n" for words in beginnings))
-    texts = [ParallelText(languages=("en", "fr"), files=(text,))]
+    texts: dict[str, list[ParallelText]] = {}
+    for part in ("train", "valid", "test"):
+        text = folder / f"{part}.en-fr.tsv"
+        text.write_text("".join(f"{' '.join(words)}\t{' '.join(words[::-1])}\n" for words in beginnings))
+        texts[part] = [ParallelText(languages=("en", "fr"), files=(text,))]
     return prepare_translation(
         output=folder / "dataset",
-        train=texts,
-        valid=texts,
-        test=texts,
+        **texts,
         vocabulary_size=300,
         both_directions=both_directions,
     )

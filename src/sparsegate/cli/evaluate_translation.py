@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..data.files import write_atomically
 from ..evaluation.translating import PairEvaluation, TranslationEvaluation
-from ..evaluation.translation import Comparison, compare, require_scores, write_lines
+from ..evaluation.translation import Comparison, compare, require_scores, write_lines, write_references
 from ..inspection.balance import balance_metrics
 from ..recipes.load import load, require_translation
 from ..recipes.translation_run import TranslationRun
@@ -178,7 +178,7 @@ def _write(folder: Path, result: TranslationEvaluation, report: Mapping[str, Any
     folder.mkdir(parents=True, exist_ok=True)
     for name, pair in result.pairs.items():
         write_lines(folder / f"{name}.hypotheses.txt", pair.hypotheses)
-        write_lines(folder / f"{name}.references.txt", pair.references)
+        write_references(folder / f"{name}.references.txt", pair.references)
     write_atomically(folder / "scores.json", json.dumps(report, indent=1).encode() + b"\n")
 
 

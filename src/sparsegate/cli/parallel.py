@@ -24,6 +24,7 @@ _TEXT_ALONE = {
     "hold_out": "lines",
     "field": "text",
     "keep_blank_lines": False,
+    "workers": None,
 }
 _PAIRS_ALONE = {
     "both_directions": False,

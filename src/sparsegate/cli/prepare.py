@@ -44,7 +44,7 @@ def add_arguments(parser: Parser) -> None:
     _add_reading(
         parser.add_argument_group(
             "reading",
-            "TEXT is a file, or a folder of files. Files .gz are unpacked, .jsonl and .json.gz hold one "
+            "TEXT is a file, or a folder of files. Files .gz are unpacked, .jsonl and .json hold one "
             "object a line, .parquet needs pyarrow. A folder of the 1 Billion Word benchmark, of WikiText, "
             "or of shards that name their split brings text to train, validate and test on.",
         )
@@ -89,7 +89,6 @@ def _add_reading(group: ArgumentGroup) -> None:
     group.add_argument(
         "--workers",
         type=int,
-        default=os.cpu_count() or 1,
         metavar="N",
         help="processes that read; the result is the same for any number (default: one for each core)",
     )
@@ -131,7 +130,7 @@ def run(args: Namespace) -> int:
             valid_share=args.valid_share,
             test_share=args.test_share,
             text=text,
-            workers=args.workers,
+            workers=(os.cpu_count() or 1) if args.workers is None else args.workers,
             progress=progress,
         )
     Console().print(_summary(args.output, dataset))

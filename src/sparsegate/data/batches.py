@@ -21,6 +21,9 @@ _Positions = npt.NDArray[np.int64]
 
 # Sentences are shuffled among those of about so many blocks; what a batch costs to find grows with it.
 _BLOCKS_AT_ONCE = 1 << 16
+# What is drawn for an epoch of sentences. It begins the key, and the seed ends it: keys are as if padded by
+# zeros, and a large seed is several numbers, but so no key is the beginning of another.
+_BLOCKS, _PIECES = range(2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,12 +152,12 @@ class SentenceBatches:
         first_block, after_block = (
             batch * self._num_blocks // self.batches_per_epoch for batch in (first, after)
         )
-        permutation = Permutation(size=self._num_blocks, seed=(self._seed, epoch))
+        permutation = Permutation(size=self._num_blocks, seed=(_BLOCKS, epoch, 0, self._seed))
         block_N = permutation(np.arange(first_block, after_block))
         if (block_N == self._num_blocks - 1).any() and self._num_blocks * self._max_length < num_tokens:
             block_N = np.append(block_N, self._num_blocks)
         start_N, length_N = _pieces(self._token_file, block_N, self._max_length)
-        draw = random_numbers((self._seed, epoch, window), len(start_N) + after - first)
+        draw = random_numbers((_PIECES, epoch, window, self._seed), len(start_N) + after - first)
         piece_N = np.lexsort((draw[: len(start_N)], length_N))
         start_N, length_N = start_N[piece_N], length_N[piece_N]
         first_N = _cuts(length_N, after - first)

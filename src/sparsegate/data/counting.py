@@ -31,11 +31,14 @@ def make_counting(
 
 
 def merged_counts(pieces: Pieces, parts: Iterable[Part]) -> Counter[str]:
-    """The sum of the counts of all `parts`. Memory grows with the number of distinct entries."""
+    """The sum of the counts of all `parts`. Memory grows with the number of distinct entries.
+
+    ValueError if a file is not what was written.
+    """
     total: Counter[str] = Counter()
     for part in parts:
-        entries = pieces.path(_piece(part), "entries").read_bytes().decode().split("\n")
-        count_N = np.fromfile(pieces.path(_piece(part), "counts"), dtype="<u8")
+        entries = b"".join(pieces.contents(_piece(part), "entries")).decode().split("\n")
+        count_N = np.frombuffer(b"".join(pieces.contents(_piece(part), "counts")), dtype="<u8")
         # The line feed itself is counted first, and written as nothing.
         total.update(dict(zip(["\n", *entries[1:]], count_N.tolist(), strict=True)))
     return total

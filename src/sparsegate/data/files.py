@@ -8,7 +8,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -19,6 +19,7 @@ Model = TypeVar("Model", bound=BaseModel)
 MAX_JSON_BYTES = 64 << 20
 TEMPORARY = ".tmp-"
 _LOCK = ".lock"
+_KEY = re.compile("[0-9a-f]{16}")
 _SEAL = re.compile(rb',\n  "sha256": "([0-9a-f]{64})"\n}\n\Z')
 
 
@@ -111,16 +112,16 @@ def new_directory(target: Path, *, key: str) -> Iterator[Path]:
     """A temporary directory beside `target` that becomes `target` when the block ends without an error.
 
     `target` must not exist or be an empty directory: FileExistsError otherwise, and also where another
-    process is at work on the same. After an error nothing is left. What a process left that was killed or
-    interrupted, or whose child was killed (ChildProcessError), is the directory of the next with the same
-    `key`; of other keys it is removed.
+    process is at work on it, whatever its key. After an error nothing is left. What a process left that was
+    killed or interrupted, or whose child was killed (ChildProcessError), is the directory of the next with
+    the same `key`, of 16 hexadecimal digits; of other keys it is removed.
     """
+    assert _KEY.fullmatch(key)
     refuse_existing(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f"{TEMPORARY}{target.name}-{key}")
-    with _lock_of(temporary).open("w") as lock:
-        _lock_or_refuse(lock, target)
-        _remove_what_the_dead_left(target)
+    with _locked(target) as lock:
+        _remove_what_the_dead_left(target, but=temporary)
         try:
             temporary.mkdir(exist_ok=True)
             yield temporary
@@ -131,32 +132,42 @@ def new_directory(target: Path, *, key: str) -> Iterator[Path]:
             raise
         except Exception:
             shutil.rmtree(temporary, ignore_errors=True)
-            _lock_of(temporary).unlink(missing_ok=True)
+            lock.unlink(missing_ok=True)
             raise
-        _lock_of(temporary).unlink(missing_ok=True)
+        lock.unlink(missing_ok=True)
     fsync(target.parent)
 
 
-def _lock_or_refuse(lock: IO[str], target: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise FileExistsError(f"{target}: another process is making it; wait for it, or end it") from None
-
-
-def _remove_what_the_dead_left(target: Path) -> None:
-    """A lock ends with the process that holds it: what can be locked is nobody's."""
-    prefix = f"{TEMPORARY}{target.name}-"
-    for path in sorted(target.parent.iterdir()):
-        if path.name.startswith(prefix) and path.suffix == _LOCK:
-            with suppress(BlockingIOError, FileNotFoundError), path.open("r") as lock:
+@contextmanager
+def _locked(target: Path) -> Iterator[Path]:
+    """Holds the lock of `target`, a file beside it. The lock ends with the process, the file stays."""
+    path = target.with_name(f"{TEMPORARY}{target.name}{_LOCK}")
+    while True:
+        with path.open("w") as lock:
+            try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path.with_suffix(""), ignore_errors=True)
-                path.unlink(missing_ok=True)
+            except BlockingIOError:
+                cure = "wait for it, or end it"
+                raise FileExistsError(f"{target}: another process is making it; {cure}") from None
+            # The one that held it may have removed the file since it was opened here.
+            if _stands_at(lock, path):
+                yield path
+                return
 
 
-def _lock_of(temporary: Path) -> Path:
-    return temporary.with_name(temporary.name + _LOCK)
+def _stands_at(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _remove_what_the_dead_left(target: Path, *, but: Path) -> None:
+    """Remove the directories of other keys. Who holds the lock of `target` knows that they are nobody's."""
+    name = re.compile(f"{re.escape(TEMPORARY + target.name)}-{_KEY.pattern}")
+    for path in sorted(target.parent.iterdir()):
+        if path != but and name.fullmatch(path.name) and path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def refuse_existing(target: Path) -> None:

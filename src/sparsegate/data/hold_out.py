@@ -1,7 +1,7 @@
 """Which text belongs to which split.
 
-A line or file is held out because of a hash of its content alone, so that the same text is always in the same
-split, wherever it stands and however often.
+A line or file is held out because of a hash of its content alone (of a line: in NFC, as it is stored), so
+that the same text is always in the same split, wherever it stands and however often.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .normalization import normalize
 from .spans import Span
 from .text import read_lines
 from .text_options import TextOptions
@@ -102,7 +103,7 @@ def num_bytes(files: Sequence[Path]) -> int:
 
 
 def _hash(line: str) -> float:
-    return int.from_bytes(hashlib.blake2b(line.encode(), digest_size=6).digest(), "big") / 2**48
+    return int.from_bytes(hashlib.blake2b(normalize(line).encode(), digest_size=6).digest(), "big") / 2**48
 
 
 def _file_hash(path: Path) -> str:

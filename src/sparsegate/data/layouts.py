@@ -5,14 +5,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .text_files import check_shards
+from .shards import check_shards, split_of_shard
+from .text_files import check_one_format
 
 _BILLION_TRAINING = "training-monolingual.tokenized.shuffled"
 _BILLION_HELD_OUT = "heldout-monolingual.tokenized.shuffled"
 _BILLION_PARTS = {"valid": "news.en.heldout-00001-of-00050", "test": "news.en.heldout-00000-of-00050"}
 _WIKITEXT = re.compile(r"wiki\.(train|valid|test)\.(tokens|raw)")
-_SHARDS_OF_SPLIT = re.compile(r"(?:.*[-_.])?(train|validation|valid|test)[-.]\d+-of-\d+\..+")
-_SPLIT_OF_NAME = {"train": "train", "validation": "valid", "valid": "valid", "test": "test"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +33,10 @@ def layout_of(folder: Path) -> Layout | None:
       the other 48 are left aside. Shard 0 of training is what was held out, so that there are 99.
     - WikiText: ``wiki.train.tokens`` and so on (or ``.raw``); blank lines are sentences, as in its counts.
     - Shards that name their split, as those of C4 and of data sets on hubs:
-      ``c4-train.00000-of-01024.json.gz``, ``validation-00000-of-00001.parquet``.
+      ``c4-train.00000-of-01024.json.gz``, ``validation-00000-of-00001.parquet``; nothing else may stand
+      beside them.
 
-    ValueError if it is one of these with files missing.
+    ValueError if it is one of these with files missing, or of several formats.
     """
     for recognise in _LAYOUTS:
         if layout := recognise(folder):
@@ -85,14 +85,17 @@ def _wikitext(folder: Path) -> Layout | None:
 def _shards_that_name_their_split(folder: Path) -> Layout | None:
     files: dict[str, list[Path]] = {"train": [], "valid": [], "test": []}
     for path in sorted(folder.iterdir()):
-        match = _SHARDS_OF_SPLIT.fullmatch(path.name)
-        if match and not path.name.startswith(".") and path.is_file():
-            files[_SPLIT_OF_NAME[match[1]]].append(path)
-        elif not path.name.startswith("."):
+        if path.name.startswith("."):
+            continue
+        split = split_of_shard(path) if path.is_file() else None
+        if split is None:
             return None
+        files[split].append(path)
     if not files["train"] or not (files["valid"] or files["test"]):
         return None
-    check_shards(path for paths in files.values() for path in paths)
+    shards = [path for paths in files.values() for path in paths]
+    check_one_format(folder, shards)
+    check_shards(shards)
     return Layout(
         name="shards that name their split",
         files={split: tuple(paths) for split, paths in files.items()},

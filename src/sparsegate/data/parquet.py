@@ -31,7 +31,7 @@ def column_texts(
             for group, number, num_bytes in _groups(file, span):
                 batches = file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=[options.field])
                 for batch in batches:
-                    rows = batch.column(0).cast(pyarrow.large_binary()).to_pylist()
+                    rows = batch.column(options.field).cast(pyarrow.large_binary()).to_pylist()
                     _check_rows(rows, number, name, options)
                     yield number, rows, name
                     number += len(rows)
@@ -58,6 +58,8 @@ def _check_column(pyarrow: Any, file: Any, span: Span, field: str) -> None:
         raise ValueError(
             f"{span.path}: no column {field!r} but {', '.join(schema.names[:8])}; name the field"
         )
+    if schema.names.count(field) > 1:
+        raise ValueError(f"{span.path}: {schema.names.count(field)} columns {field!r}; rename all but one")
     kind = schema.field(field).type
     if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.large_binary()):
         raise ValueError(f"{span.path}: column {field!r} holds {kind} and no text; name the field")

@@ -1,13 +1,15 @@
 """Finished pieces of work, kept with checksums, so that work that was killed goes on where it stopped."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
 from .dataset import Sha256, SplitName
 from .files import fsync, read_sealed, sealed, writing
+
+_READ_AT_ONCE = 1 << 20
 
 
 class Counts(BaseModel):
@@ -106,6 +108,23 @@ class Pieces:
     def record(self, piece: str) -> Record:
         """The record of a finished piece."""
         return read_sealed(self.path(piece, "json"), Record)
+
+    def contents(self, piece: str, file: str) -> Iterator[bytes]:
+        """A file of a finished piece, a megabyte at once, the last when its checksum is known to fit.
+
+        ValueError if it does not: a worker whose parent was killed may have begun the piece anew.
+        """
+        path, sha256, last = self.path(piece, file), hashlib.sha256(), b""
+        with path.open("rb") as opened:
+            while content := opened.read(_READ_AT_ONCE):
+                if last:
+                    yield last
+                sha256.update(content)
+                last = content
+        if sha256.hexdigest() != self.record(piece).digests[file]:
+            raise ValueError(f"{path}: changed since it was written; give the same command again")
+        if last:
+            yield last
 
     def _digest(self, piece: str, file: str) -> str:
         with self.path(piece, file).open("rb") as opened:

@@ -32,7 +32,7 @@ from .workers import Work, run_all
 
 Progress = Callable[[int, int], None]
 _PIECES = "pieces"
-_PIECES_FORMAT = 1
+_PIECES_FORMAT = 2
 
 
 def prepare(

@@ -42,12 +42,15 @@ class Span:
 
 
 def whole(path: Path) -> Span:
-    """All of a file."""
-    return Span(path=path, start=0, stop=path.stat().st_size)
+    """All of a file. ValueError if it is packed and empty."""
+    return Span(path=path, start=0, stop=_size(path))
 
 
 def cut(files: Iterable[Path], *, part_bytes: int) -> list[tuple[Span, ...]]:
-    """The text of `files` in order, in parts of about `part_bytes` of their bytes."""
+    """The text of `files` in order, in parts of about `part_bytes` of their bytes.
+
+    ValueError for a packed file that is empty.
+    """
     parts: list[tuple[Span, ...]] = []
     part: list[Span] = []
     room = part_bytes
@@ -61,9 +64,16 @@ def cut(files: Iterable[Path], *, part_bytes: int) -> list[tuple[Span, ...]]:
     return [*parts, tuple(part)] if part else parts
 
 
+def _size(path: Path) -> int:
+    size = path.stat().st_size
+    if size == 0 and path.suffix in (".gz", ".parquet"):
+        raise ValueError(f"{path}: 0 bytes, which is no {path.suffix} file; download or make it again")
+    return size
+
+
 def _spans(path: Path, first: int, size: int) -> Iterator[Span]:
     """A file in spans of `size` bytes, the first of `first`."""
-    start, stop = 0, path.stat().st_size
+    start, stop = 0, _size(path)
     if path.suffix == ".gz":
         yield Span(path=path, start=0, stop=stop)
         return
@@ -85,7 +95,8 @@ def blocks(
         first = _first_line(file, span)
         name = _namer(span.path, first)
         position, number = span.start, 0
-        for block in _lines(_reads(file, span, first, options), name, options.max_line_bytes):
+        reads, mark = _reads(file, span, first, options), b"" if first else BYTE_ORDER_MARK
+        for block in _lines(reads, name, options.max_line_bytes, mark):
             yield number, _without_mark(span.path, block) if first == number == 0 else block, name
             number += block.count(b"\n") + 1
             reached = max(position, min(file.tell(), span.stop))
@@ -106,8 +117,11 @@ def _namer(path: Path, first: int) -> Callable[[int], str]:
     return name
 
 
-def _lines(reads: Iterable[bytes], name: Callable[[int], str], max_line_bytes: int) -> Iterator[bytes]:
-    """The bytes of `reads` at the last line feed of each; ValueError for a line that is too long."""
+def _lines(
+    reads: Iterable[bytes], name: Callable[[int], str], max_line_bytes: int, mark: bytes
+) -> Iterator[bytes]:
+    """The bytes of `reads` at the last line feed of each; `mark` alone is no line. ValueError for a line that
+    is too long."""
     pending = b""
     number = 0
     for read in reads:
@@ -123,7 +137,7 @@ def _lines(reads: Iterable[bytes], name: Callable[[int], str], max_line_bytes: i
             yield block
             number += block.count(b"\n") + 1
             pending = rest
-    if pending:
+    if pending and (number or pending != mark):
         yield pending
 
 

@@ -18,6 +18,7 @@ from .spans import Span, blocks, whole
 from .text_options import TextOptions
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_JSON_LINES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 Format = Literal["plain text", "JSON lines", "parquet"]
@@ -25,11 +26,11 @@ _Namer = Callable[[int], str]
 
 
 def format_of(path: Path) -> Format:
-    """How a file of that name is read: ``.parquet``; ``.jsonl``, ``.jsonl.gz`` and C4's ``.json.gz``; or as
+    """How a file of that name is read: ``.parquet``; ``.jsonl`` and C4's ``.json``, also with ``.gz``; or as
     plain text."""
     if path.suffix == ".parquet":
         return "parquet"
-    return "JSON lines" if path.name.endswith((".jsonl", ".jsonl.gz", ".json.gz")) else "plain text"
+    return "JSON lines" if path.name.endswith(_JSON_LINES) else "plain text"
 
 
 def read_lines(span: Span, *, options: TextOptions, advance: Callable[[int], None]) -> Iterator[list[str]]:

@@ -1,15 +1,11 @@
 """Which files a text is: those given, and those of directories, checked to be complete and of one format."""
 
 import os
-import re
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from .shards import check_one_split, check_shards
 from .text import format_of
-
-_SHARD = re.compile(r"(?P<before>.*?)(?P<number>\d{2,})-of-(?P<count>\d{2,})(?P<after>.*)")
-_SHOWN = 5
 
 
 def text_files(paths: Iterable[Path]) -> list[Path]:
@@ -17,7 +13,7 @@ def text_files(paths: Iterable[Path]) -> list[Path]:
     left out.
 
     FileNotFoundError for one that does not exist; ValueError for what is no file, and for a directory without
-    files, with files of several formats, or with an incomplete set of shards.
+    files, with files of several formats or splits, or with an incomplete set of shards.
     """
     files: list[Path] = []
     for path in paths:
@@ -25,7 +21,8 @@ def text_files(paths: Iterable[Path]) -> list[Path]:
             below = sorted(_files_below(path))
             if not below:
                 raise ValueError(f"{path}: a directory without files; give text files or a directory of them")
-            _check_one_format(path, below)
+            check_one_format(path, below)
+            check_one_split(below)
             check_shards(below)
             files.extend(below)
         elif path.is_file():
@@ -48,31 +45,9 @@ def _files_below(directory: Path) -> Iterator[Path]:
                 yield file
 
 
-def _check_one_format(directory: Path, files: Sequence[Path]) -> None:
+def check_one_format(directory: Path, files: Sequence[Path]) -> None:
+    """ValueError that names a file of each format if the files of a directory are of several."""
     first_of = {format_of(file): file for file in reversed(files)}
     if len(first_of) > 1:
         found = " and ".join(f"{kind} ({file.name})" for kind, file in sorted(first_of.items()))
         raise ValueError(f"{directory}: mixes {found}; give the files that are the text by name")
-
-
-def check_shards(files: Iterable[Path], *, first: int | None = None) -> None:
-    """ValueError that names what is missing of shards called ``...-00003-of-00100...``, and for an empty one.
-
-    first: the number of the first shard; None: 0, or 1 where the last has the number of all.
-    """
-    sets: defaultdict[tuple[Path, str, str, str], dict[int, Path]] = defaultdict(dict)
-    for file in files:
-        if match := _SHARD.fullmatch(file.name):
-            sets[file.parent, match["before"], match["count"], match["after"]][int(match["number"])] = file
-    for (folder, before, count, after), shards in sets.items():
-        begin = first if first is not None else int(int(count) in shards)
-        end = int(count) + (begin if first is None else 0)
-        missing = [number for number in range(begin, end) if number not in shards]
-        if missing:
-            names = [f"{before}{number:0{len(count)}}-of-{count}{after}" for number in missing[:_SHOWN]]
-            more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
-            cure = "download what is missing, or give the files by name"
-            raise ValueError(f"{folder}: incomplete, without {', '.join(names)}{more}; {cure}")
-        for _, file in sorted(shards.items()):
-            if not file.stat().st_size:
-                raise ValueError(f"{file}: an empty shard; download it again")

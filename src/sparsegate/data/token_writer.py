@@ -15,8 +15,6 @@ from .text_options import TextOptions
 from .vocabulary import Vocabulary, token_dtype
 from .workers import Advance, Work
 
-_COPIED_AT_ONCE = 1 << 20
-
 
 def make_encoding(*, vocabulary: Path, text: TextOptions, pieces: Pieces) -> Work[Part]:
     """Encodes a part by the vocabulary of that file, each of its splits to files of its own, unless that is
@@ -95,7 +93,10 @@ def join_split(
     vocabulary: Vocabulary,
     sources: list[Source],
 ) -> SplitManifest:
-    """Join what was written of the parts to the files of the split. ValueError if there is no line at all."""
+    """Join what was written of the parts to the files of the split.
+
+    ValueError if there is no line at all, or if a file is not what was written.
+    """
     total = Counts()
     with (
         closing(DigestedFile(directory / f"{split}.tokens")) as tokens,
@@ -104,8 +105,11 @@ def join_split(
         for part in parts:
             if split not in part.division.splits:
                 continue
-            _copy(pieces.path(_piece(part), f"{split}.tokens"), tokens)
-            _copy_ends(pieces.path(_piece(part), f"{split}.sentences"), sentences, total.tokens)
+            for content in pieces.contents(_piece(part), f"{split}.tokens"):
+                tokens.write(content)
+            for content in pieces.contents(_piece(part), f"{split}.sentences"):
+                end_N = np.frombuffer(content, dtype=SENTENCE_DTYPE) + np.uint64(total.tokens)
+                sentences.write(end_N.astype(SENTENCE_DTYPE).tobytes())
             total += pieces.record(_piece(part)).splits[split]
         tokens.bring_to_disk()
         sentences.bring_to_disk()
@@ -120,16 +124,3 @@ def join_split(
         sentences_sha256=sentences.sha256,
         sources=sources,
     )
-
-
-def _copy(source: Path, target: DigestedFile) -> None:
-    with source.open("rb") as file:
-        while content := file.read(_COPIED_AT_ONCE):
-            target.write(content)
-
-
-def _copy_ends(source: Path, target: DigestedFile, offset: int) -> None:
-    with source.open("rb") as file:
-        while content := file.read(_COPIED_AT_ONCE):
-            end_N = np.frombuffer(content, dtype=SENTENCE_DTYPE) + np.uint64(offset)
-            target.write(end_N.astype(SENTENCE_DTYPE).tobytes())

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from .normalization import Normalization
+from .normalization import Normalization, normalize
 from .spans import whole
 from .text import read_lines
 from .text_options import TextOptions
@@ -17,7 +17,8 @@ def read_word_list(path: Path, *, normalization: Normalization) -> WordVocabular
     """The words of a file, one a line, each alone or followed by white space and its count.
 
     ``</s>`` and ``<unk>``, also in capitals, may stand anywhere or be absent: they become ids 0 and 1, and
-    the others follow in the order of the file. Sampled softmax takes that for the order of their frequency.
+    the others follow in the order of the file, in NFC like the text. Sampled softmax takes that order for the
+    order of their frequency.
 
     ValueError in one line that names file and line for what is no such list.
     """
@@ -26,7 +27,7 @@ def read_word_list(path: Path, *, normalization: Normalization) -> WordVocabular
     counted: bool | None = None
     for number, line in _numbered_lines(path):
         where = f"{path}, line {number}"
-        word, count = _entry(line, where)
+        word, count = _entry(normalize(line), where)
         if counted not in (None, count is not None):
             raise ValueError(
                 f"{where}: some lines have a count and others none; give all of them one, or none"

@@ -21,7 +21,8 @@ def run_all(
         how much of it is done, which `advance` here is told.
 
     ValueError or OSError of the first task, in their order, that raises one. ChildProcessError if a process
-    was killed. A process whose parent was killed ends when it next tells how much is done.
+    was killed. A process whose parent was killed ends before its next task, or when it next tells how much of
+    one is done.
     """
     if min(workers, len(tasks)) <= 1:
         work = make_work()
@@ -100,6 +101,10 @@ def _serve(connection: Connection, make_work: Callable[[], Work[Task]]) -> None:
         work = make_work()
         while True:
             task = connection.recv()
+            # No other task comes before this one is done: what can be read is the end of a parent that was
+            # killed, and whose work another command may have taken up by now.
+            if connection.poll():
+                return
             try:
                 work(task, lambda done: connection.send((done, None)))
             except (BrokenPipeError, ConnectionResetError):

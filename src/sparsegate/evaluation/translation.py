@@ -1,7 +1,8 @@
 """BLEU, chrF and perplexity of translations.
 
 Scores are those of ``sacrebleu``, whose own command line gives the same on the same files. A hypothesis is
-one line: line ends and other control characters in it are spaces, and white space at its end is none.
+one line: line ends and other control characters in it are spaces, and white space at its end is none. A
+reference is as it was published; only a line feed in it, which would end a line of a file, is a space.
 """
 
 import math
@@ -169,9 +170,22 @@ def require_scores() -> None:
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Write hypotheses or references to a new file or over an old one, one per line, as they are scored."""
+    """Write hypotheses to a new file or over an old one, one per line, as they are scored."""
+    _write(path, map(one_line, lines))
+
+
+def write_references(path: Path, lines: Iterable[str]) -> None:
+    """The same for references."""
+    _write(path, map(_reference, lines))
+
+
+def _reference(text: str) -> str:
+    return text.replace("\n", " ")
+
+
+def _write(path: Path, lines: Iterable[str]) -> None:
     with path.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(one_line(line) + "\n" for line in lines)
+        file.writelines(f"{line}\n" for line in lines)
 
 
 def _metrics(target_language: str | None) -> dict[str, Any]:
@@ -187,7 +201,7 @@ def _checked(hypotheses: Sequence[str], references: Sequence[str]) -> tuple[list
         )
     if not hypotheses:
         raise ValueError("hypotheses: there is none; give at least one line")
-    return [one_line(line) for line in hypotheses], [one_line(line) for line in references]
+    return [one_line(line) for line in hypotheses], [_reference(line) for line in references]
 
 
 def _imported(module: str) -> Any:

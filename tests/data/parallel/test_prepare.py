@@ -69,12 +69,14 @@ def test_texts_of_a_pair_are_joined_in_their_order_whatever_their_form(tmp_path:
 
 def test_train_pairs_are_filtered_and_counted_and_others_are_kept(tmp_path: Path) -> None:
     several = [("a b", "c d"), ("", "c"), ("a", " \x85"), ("a " * 20, "c"), ("a", "dddddddd"), ("x", "y")]
-    path = tsv(tmp_path / "a.tsv", several)
-    text = ParallelText(languages=("en", "fr"), files=(path,))
+    train, test = (
+        ParallelText(languages=("en", "fr"), files=(tsv(tmp_path / name, several),))
+        for name in ("train.tsv", "test.tsv")
+    )
     dataset = prepare_translation(
         output=tmp_path / "d",
-        train=[text],
-        test=[text],
+        train=[train],
+        test=[test],
         vocabulary_size=262,
         filters=LengthFilter(max_subwords=16, max_ratio=4),
     )

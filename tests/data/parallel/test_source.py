@@ -59,12 +59,37 @@ def test_fields_of_two_files_are_refused() -> None:
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
-    there = write(tmp_path / "a.tsv", "a\tb\n")
-    once = parse_parallel_text(f"en-fr:{there}")
-    check_files([once, parse_parallel_text(f"en-de:{there}@1,2")])
-    with pytest.raises(ValueError, match="a.tsv: given twice for en-fr; give it once"):
-        check_files([once, once])
     with pytest.raises(FileNotFoundError, match="absent.tsv: no such file or directory"):
-        check_files([parse_parallel_text(f"en-fr:{tmp_path}/absent.tsv")])
+        check_files({"train": [parse_parallel_text(f"en-fr:{tmp_path}/absent.tsv")]})
     with pytest.raises(ValueError, match="a directory; parallel text is in files"):
-        check_files([parse_parallel_text(f"en-fr:{tmp_path}")])
+        check_files({"train": [parse_parallel_text(f"en-fr:{tmp_path}")]})
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "twice"),
+    [
+        ("en-fr:a.tsv en-fr:a.tsv", "", "a.tsv: given twice for en-fr, for train and for train"),
+        ("en-fr:a.tsv en-fr:a.tsv@1,2", "", "a.tsv: given twice for en-fr, for train and for train"),
+        ("en-fr:a.jsonl", "en-fr:a.jsonl@en,fr", "a.jsonl: given twice for en-fr, for train and for test"),
+        ("en-fr:a.tsv", "en-fr:./a.tsv", "a.tsv: given twice for en-fr, for train and for test"),
+        ("en-fr:a.tsv", "fr-en:a.tsv@2,1", "a.tsv: given twice for fr-en, for train and for test"),
+        ("en-fr:a.en,a.fr", "fr-en:a.fr,a.en", "a.fr: given twice for fr-en, for train and for test"),
+        ("en-fr:a.tsv@1,2 en-fr:a.tsv@1,3 en-de:a.tsv@1,2 fr-en:a.tsv@2,1", "en-fr:a.tsv@1,4", None),
+        ("en-fr:a.en,a.fr fr-en:a.fr,a.en", "en-fr:a.fr,a.en", None),
+    ],
+)
+def test_a_text_is_given_for_one_part_and_once_for_a_pair(
+    train: str, test: str, twice: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.tsv", "a.jsonl", "a.en", "a.fr"):
+        write(tmp_path / name, "text")
+    parts = {
+        part: [parse_parallel_text(word) for word in words.split()]
+        for part, words in (("train", train), ("test", test))
+    }
+    if twice is None:
+        check_files(parts)
+    else:
+        with pytest.raises(ValueError, match=f"^{twice}; give it once$"):
+            check_files(parts)

@@ -48,9 +48,9 @@ def prepare_translation(
 ) -> TranslationDataset:
     """Make the dataset directory `output` out of parallel text (see `reading.read_pairs`), and open it.
 
-    train, valid, test: texts of the same pair are joined in their order. Without valid and test texts,
-        `valid_share` and `test_share` of the train pairs are held out, by a hash of their first side, so that
-        equal sentences are in one part, whatever they are translated to.
+    train, valid, test: texts of the same pair are joined in their order; none may stand in two parts. Without
+        valid and test texts, `valid_share` and `test_share` of the train pairs are held out, by a hash of
+        their first side, so that equal sentences are in one part, whatever they are translated to.
     both_directions: every pair is also there in the other direction; its text is stored once.
     vocabulary_size: of the joint subwords that are made from the train pairs (None: 32,768), special tokens
         included; little text gives fewer. Or `vocabulary_from`: a translation dataset whose subwords are
@@ -64,8 +64,7 @@ def prepare_translation(
     """
     refuse_existing(output)
     given = {"train": train, "valid": valid, "test": test}
-    for texts in given.values():
-        check_files(texts)
+    check_files(given)
     filters = filters or LengthFilter()
     shares = {} if valid or test or not train else _checked_shares(valid=valid_share, test=test_share)
     parts = part_texts(given, shares, both_directions=both_directions)

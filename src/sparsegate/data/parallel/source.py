@@ -1,7 +1,7 @@
 """Where parallel text stands, and how that is written in one word."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ class ParallelText:
 
     languages: two codes, in the order of the files or fields.
     files: two aligned ones, line n of one beside line n of the other; or a single one: tab-separated columns,
-        or JSON lines if its name ends in ``.jsonl``. All of them may be packed (``.gz``).
+        or JSON lines if its name ends in ``.jsonl`` or ``.json``. All of them may be packed (``.gz``).
     fields: where in a single file the two texts stand: numbers of columns, counted from 1, or keys. None:
         columns 1 and 2, or keys that are named like the languages.
     """
@@ -94,15 +94,29 @@ def parse_parallel_text(word: str) -> ParallelText:
     return ParallelText(languages=languages_of(pair), files=files, fields=fields)
 
 
-def check_files(texts: Sequence[ParallelText]) -> None:
-    """ValueError or FileNotFoundError unless every file is one, and none is read twice for one pair."""
-    seen: set[object] = set()
-    for text in texts:
-        for file in text.files:
-            if file.is_dir():
-                raise ValueError(f"{file}: a directory; parallel text is in files")
-        text_files(text.files)
-        place = (text.pair, *(file.resolve() for file in text.files))
-        if place in seen:
-            raise ValueError(f"{text.files[0]}: given twice for {text.pair}; give it once")
-        seen.add(place)
+def check_files(parts: Mapping[str, Sequence[ParallelText]]) -> None:
+    """ValueError or FileNotFoundError unless every file is one, and none is read for two parts, in whichever
+    order of its languages, or twice for one pair of a part."""
+    read_for: dict[object, list[tuple[str, str]]] = {}
+    for part, texts in parts.items():
+        for text in texts:
+            for file in text.files:
+                if file.is_dir():
+                    raise ValueError(f"{file}: a directory; parallel text is in files")
+            text_files(text.files)
+            earlier = read_for.setdefault(_place(text), [])
+            for other, pair in earlier:
+                if other != part or pair == text.pair:
+                    twice = f"given twice for {text.pair}, for {other} and for {part}"
+                    raise ValueError(f"{text.files[0]}: {twice}; give it once")
+            earlier.append((part, text.pair))
+
+
+def _place(text: ParallelText) -> object:
+    """Where each language stands, in no order."""
+    if len(text.files) == 2:
+        fields: tuple[object, ...] = (None, None)
+    else:
+        fields = text.keys if text.is_json else text.columns
+    files = (file.resolve() for file in (text.files * 2)[:2])
+    return frozenset(zip(text.languages, files, fields, strict=True))
