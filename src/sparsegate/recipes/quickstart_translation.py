@@ -5,7 +5,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ..data.parallel import TranslationDataset, prepare_translation
-from ..data.parallel.spelled_out import spelled_out_files
+from ..data.parallel.spelled_out import Part, spelled_out_files
 from ..training.config import OptimConfig, ParallelConfig, RunConfig, TrainingConfig
 from .small_translation import small_translation_moe_32_noisy
 
@@ -14,7 +14,7 @@ from .small_translation import small_translation_moe_32_noisy
 class Size:
     """How much the quickstart does. num_pairs: of sentences, in all parts together."""
 
-    num_pairs: dict[str, int]
+    num_pairs: dict[Part, int]
     vocabulary_size: int
     steps: int
 
