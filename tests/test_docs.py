@@ -11,7 +11,7 @@ import pytest
 
 from sparsegate.cli.main import VERBS
 from sparsegate.cli.verb import parse
-from sparsegate.recipes.registry import RECIPES, TRANSLATION_RECIPES
+from sparsegate.recipes.registry import RECIPES
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -129,4 +129,4 @@ def test_a_command_that_does_not_exist_is_found(command):
 
 def test_every_recipe_is_named_somewhere():
     text = "".join(document.read_text() for document in DOCUMENTS)
-    assert [name for name in [*RECIPES, *TRANSLATION_RECIPES] if f"`{name}`" not in text] == []
+    assert [name for name in RECIPES if f"`{name}`" not in text] == []

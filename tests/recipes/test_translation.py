@@ -8,9 +8,7 @@ from sparsegate.cli.main import main
 from sparsegate.models.gates import BalancedGate, HierarchicalGate, NoisyTopKGate
 from sparsegate.models.translation import MixtureBlock
 from sparsegate.recipes.planner import plan
-from sparsegate.recipes.registry import RECIPES, TRANSLATION_RECIPES, planned_recipe, recipe
-from sparsegate.recipes.translation import TranslationRecipe
-from sparsegate.training.overrides import from_json, to_json
+from sparsegate.recipes.registry import RECIPES, recipe
 
 # name: multiply-adds per timestep (M), all parameters (billions; None: the paper prints none)
 PRINTED = {
@@ -39,14 +37,14 @@ def test_tables_2_to_5_come_out_to_the_printed_digit(name: str, capsys: pytest.C
 @pytest.mark.parametrize("name", PRINTED)
 def test_operations_are_lstms_one_context_two_layers_of_experts_and_the_softmax(name: str):
     expert_ops = 2 * 512 * (16_384 if name.startswith("multilingual") else 8192)
-    counted = plan(planned_recipe(name).model)
+    counted = plan(recipe(name).model)
     assert counted.ops_per_timestep == 5 * LSTM + CONTEXT + 2 * expert_ops + SOFTMAX
-    without = plan(planned_recipe("translation-lstm").model)
+    without = plan(recipe("translation-lstm").model)
     assert counted.ops_per_timestep - without.ops_per_timestep == 2 * expert_ops
 
 
 def test_the_largest_model_is_its_experts_and_little_else():
-    counted = plan(planned_recipe("translation-moe-2048-h").model)
+    counted = plan(recipe("translation-moe-2048-h").model)
     experts, gates = 2 * 2048 * 2 * 512 * 2048, 2 * (512 + 1) * (64 + 2048)
     attention, tables = 2 * 512 * 512 + 512, 3 * 512 * 32_768 + 32_768
     layers = 5 * LSTM + CONTEXT + experts + gates + attention
@@ -55,14 +53,14 @@ def test_the_largest_model_is_its_experts_and_little_else():
 
 
 def test_the_dense_baseline_has_about_the_size_of_gnmt():
-    counted = plan(planned_recipe("translation-gnmt").model)
+    counted = plan(recipe("translation-gnmt").model)
     assert counted.parameters == pytest.approx(278e6, rel=0.02)
     assert counted.ops_per_timestep_with_gates_and_attention == pytest.approx(212e6, rel=0.03)
 
 
 @pytest.mark.parametrize("name", ["translation-moe-32", "translation-moe-512-h", "translation-moe-2048-h"])
 def test_models_of_one_pair_are_as_the_paper_says(name: str):
-    model = planned_recipe(name).model
+    model = recipe(name).model
     block = model.encoder_block
     assert block == model.decoder_block
     assert isinstance(block, MixtureBlock)
@@ -76,26 +74,33 @@ def test_models_of_one_pair_are_as_the_paper_says(name: str):
 
 
 def test_the_multilingual_model_is_flat_and_noisy():
-    block = planned_recipe("multilingual-moe-512").model.encoder_block
+    block = recipe("multilingual-moe-512").model.encoder_block
     assert (block.num_experts, block.k, block.hidden) == (512, 2, 8192)
     assert isinstance(block.gate, NoisyTopKGate)
 
 
-@pytest.mark.parametrize("name", TRANSLATION_RECIPES)
-def test_every_recipe_has_its_name_and_is_the_same_after_json(name: str):
-    config = planned_recipe(name)
-    assert config.name == name
-    assert from_json(TranslationRecipe, to_json(config)) == config
+PAPERS = [name for name in RECIPES if name.startswith(("translation-", "multilingual-"))]
 
 
-def test_no_name_is_given_twice():
-    assert not set(RECIPES) & set(TRANSLATION_RECIPES)
+@pytest.mark.parametrize("name", PAPERS)
+def test_they_are_trained_as_the_paper_says(name: str):
+    config = recipe(name)
+    assert (config.optim.warmup_steps, config.optim.constant_steps) == (2000, 8000)
+    assert config.losses.importance == config.losses.load == 0.01
 
 
-def test_training_one_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(ValueError, match="^translation-moe-32: translation models cannot be trained yet; "):
-        recipe("translation-moe-32")
-    assert main(["train", "translation-moe-32", "--data", "nowhere"]) == 2
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert "translation-moe-32: translation models cannot be trained yet; `sparsegate plan" in told
+@pytest.mark.parametrize(
+    ("mixture", "dense", "num_experts"),
+    [
+        ("small-translation-moe-32", "small-translation-dense", 32),
+        ("small-translation-moe-32-noisy", "small-translation-dense", 32),
+        ("small-multilingual-moe-64", "small-multilingual-dense", 64),
+    ],
+)
+def test_a_small_mixture_and_the_dense_model_cost_the_same(mixture: str, dense: str, num_experts: int):
+    counted, baseline = plan(recipe(mixture).model), plan(recipe(dense).model)
+    assert counted.ops_per_timestep == baseline.ops_per_timestep
+    gates = counted.ops_per_timestep_with_gates_and_attention
+    assert gates - baseline.ops_per_timestep_with_gates_and_attention == 2 * 128 * num_experts * (
+        2 if recipe(mixture).model.encoder_block.gate.kind == "noisy_topk" else 1
+    )

@@ -12,14 +12,17 @@ from sparsegate.training.checkpoint import checkpoint_name, load_checkpoint
 from sparsegate.training.log import read_log
 from sparsegate.training.run_folder import checkpoints_of
 from tests.helpers.killed_runs import STEPS
-from tests.helpers.runs import make_dataset
+from tests.helpers.tiny_runs import TINY_DATASETS, TINY_RUNS
 
 
+@pytest.mark.parametrize("task", TINY_RUNS)
 @pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.nightly)])
-def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_if_it_had_not_been(tmp_path: Path, kills: int):
-    make_dataset(tmp_path / "text").directory.rename(tmp_path / "dataset")
+def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_if_it_had_not_been(
+    tmp_path: Path, kills: int, task: str
+):
+    TINY_DATASETS[task](tmp_path / "text").directory.rename(tmp_path / "dataset")
     program = subprocess.run(
-        [sys.executable, "-m", "tests.helpers.killed_runs", str(tmp_path), str(kills), "1"],
+        [sys.executable, "-m", "tests.helpers.killed_runs", str(tmp_path), task, str(kills), "1"],
         capture_output=True,
         text=True,
     )

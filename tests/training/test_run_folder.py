@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsegate.data import Dataset
 from sparsegate.models.softmax import OutputSoftmax
 from sparsegate.training.checkpoint import checkpoint_name, latest_checkpoint, load_checkpoint
 from sparsegate.training.config import RunConfig
@@ -21,18 +20,14 @@ from sparsegate.training.run_folder import (
     saved_steps,
     write_best,
 )
-from tests.helpers.runs import make_dataset
-from tests.helpers.tiny_runs import tiny_run
+from sparsegate.training.tasks import open_task
+from tests.helpers.tiny_runs import TINY_DATASETS, TINY_RUNS
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return make_dataset(tmp_path_factory.mktemp("text") / "text")
-
-
-@pytest.fixture
-def config(dataset: Dataset) -> RunConfig:
-    return tiny_run(dataset.directory, steps=10)
+@pytest.fixture(scope="module", params=TINY_RUNS)
+def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    dataset = TINY_DATASETS[request.param](tmp_path_factory.mktemp("text") / "text")
+    return TINY_RUNS[request.param](dataset.directory, steps=10)
 
 
 def with_training(config: RunConfig, **changes: object) -> RunConfig:
@@ -44,15 +39,16 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def too_large_a_batch(config: RunConfig) -> RunConfig:
-    return replace(config, batches=replace(config.batches, batch_size=10**6))
+def impossible_batches(config: RunConfig) -> RunConfig:
+    change = {"continuous": {"batch_size": 10**6}, "parallel": {"pairs": ("en-de",)}}[config.batches.kind]
+    return replace(config, batches=replace(config.batches, **change))
 
 
 REFUSED: dict[str, Callable[[RunConfig], RunConfig]] = {
-    "batch_size": too_large_a_batch,
+    "batch_size|en-de": impossible_batches,
     "training.freeze": lambda config: with_training(config, freeze=("no.such",)),
     "not a run": lambda config: with_training(config, init_from="no/such/run"),
-    "not a dataset": lambda config: replace(config, data="no/such/dataset"),
+    "not a (translation )?dataset": lambda config: replace(config, data="no/such/dataset"),
 }
 
 
@@ -96,9 +92,9 @@ def test_a_folder_without_a_configuration_is_no_run(tmp_path: Path):
         read_run_config(tmp_path)
 
 
-def test_the_saved_configuration_is_the_resolved_one(config: RunConfig, dataset: Dataset, tmp_path: Path):
+def test_the_saved_configuration_is_the_resolved_one(config: RunConfig, tmp_path: Path):
     train(with_training(config, steps=1), folder=tmp_path)
-    saved = read_run_config(tmp_path)
+    saved, dataset = read_run_config(tmp_path), open_task(config).dataset
     assert saved.data_fingerprint == dataset.fingerprint
     assert saved.model == replace(config.model, vocab_size=dataset.vocabulary.size)
     assert saved.training.steps == 1

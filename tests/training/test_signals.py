@@ -20,7 +20,7 @@ from sparsegate.training.loop import Run, train
 from sparsegate.training.run_folder import checkpoints_of, saved_steps
 from sparsegate.training.signals import stop_requests
 from tests.helpers.runs import make_dataset
-from tests.helpers.tiny_runs import tiny_run
+from tests.helpers.tiny_runs import TINY_DATASETS, TINY_RUNS, tiny_run
 from tests.training.test_kills import assert_same_ends
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -65,11 +65,12 @@ with stop_requests() as stop:
     assert ended.returncode == -second
 
 
+@pytest.mark.parametrize("task", TINY_RUNS)
 @pytest.mark.parametrize("moments", [6, pytest.param(60, marks=pytest.mark.nightly)])
 def test_a_run_stopped_at_random_moments_loses_no_step_and_ends_as_if_it_had_not_been(
-    tmp_path: Path, moments: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, moments: int, task: str, monkeypatch: pytest.MonkeyPatch
 ):
-    config = tiny_run(make_dataset(tmp_path / "text").directory)
+    config = TINY_RUNS[task](TINY_DATASETS[task](tmp_path / "text").directory)
     train(replace(config, training=replace(config.training, steps=1)), folder=tmp_path / "warm")
     started = time.monotonic()
     train(config, folder=tmp_path / "whole")

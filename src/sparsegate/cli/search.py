@@ -24,7 +24,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder for all the runs")
     parser.add_argument("--learning-rates", type=float, nargs="+", required=True, metavar="X")
     parser.add_argument("--dropouts", type=float, nargs="+", metavar="X", help="(default: the recipe's)")
-    parser.set_defaults(resume=False)
+    parser.set_defaults(resume=False, short=False)
 
 
 def run(args: Namespace) -> int:

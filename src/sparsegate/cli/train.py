@@ -10,12 +10,14 @@ from ..recipes.registry import RECIPES, recipe
 from ..training.config import RunConfig
 from ..training.loop import TrainResult, train
 from ..training.run_folder import holds_run, read_run_config
+from . import quickstart_translation
 from .verb import Parser, Verb
 
 EXAMPLE = """
 sparsegate train small-moe-32 --data datasets/book --out runs/book
 sparsegate train small-moe-32 --data datasets/book --out runs/book --resume
 sparsegate train small-moe-32 --data datasets/book --out runs/64 --model.num-experts 64 --training.steps 4000
+sparsegate train quickstart-translation
 sparsegate train small-translation-moe-32 --data datasets/en-de --out runs/en-de
 sparsegate train small-moe-32 --data datasets/more --out runs/tuned --training.init-from runs/book
 """
@@ -31,6 +33,11 @@ _USES = {
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("name", help=f"recipe: {', '.join(RECIPES)}")
     parser.add_argument("--out", type=Path, metavar="RUN", help="folder of the run (default: runs/NAME)")
+    parser.add_argument(
+        "--short",
+        action="store_true",
+        help=f"{quickstart_translation.NAME}: seconds of it, to see that it works",
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder, or start it")
 
 
@@ -43,15 +50,22 @@ def config(args: Namespace) -> RunConfig | None:
     if getattr(args, "name", None) is None:
         return None
     folder = folder_of(args)
-    return read_run_config(folder) if args.resume and holds_run(folder) else recipe(args.name)
+    if args.resume and holds_run(folder):
+        return read_run_config(folder)
+    return quickstart_translation.short_config(args.name) if args.short else recipe(args.name)
 
 
 def run(args: Namespace) -> int:
-    if not args.config.data:
-        raise ValueError("--data: give the dataset to train on, a folder that `sparsegate prepare` made")
     folder, console = folder_of(args), Console(stderr=True)
-    result = train(replace(args.config, name=args.name), folder=folder, resume=args.resume, console=console)
+    config, is_quickstart = args.config, args.name == quickstart_translation.NAME
+    if is_quickstart and not config.data:
+        config = replace(config, data=str(quickstart_translation.make_dataset(folder, short=args.short)))
+    if not config.data:
+        raise ValueError("--data: give the dataset to train on, a folder that `sparsegate prepare` made")
+    result = train(replace(config, name=args.name), folder=folder, resume=args.resume, console=console)
     console.print(_summary(result))
+    if is_quickstart and not result.stopped_by:
+        quickstart_translation.show(folder, Console())
     return 0
 
 

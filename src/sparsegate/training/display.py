@@ -18,8 +18,8 @@ _PLAIN_SECONDS = 30.0
 
 # What the panel has room for, in this order, and how it is written.
 _TRAIN = ("loss", "perplexity", "tokens_per_second", "learning_rate")
-_VALID = ("loss", "perplexity", "bits_per_byte")
-_EVALUATION = ("loss", "perplexity", "word_perplexity", "bits_per_byte")
+_VALID = ("loss", "perplexity", "bits_per_byte", "bleu")
+_EVALUATION = ("loss", "perplexity", "word_perplexity", "bits_per_byte", "bleu", "chrf2")
 _BALANCE = ("cv_load", "cv_importance", "max_over_mean_load", "dead_experts")
 _LOST = ("unrouted_share", "dropped_share")  # where any is: most gates lose nothing
 _LABELS = {
@@ -27,6 +27,8 @@ _LABELS = {
     "learning_rate": "rate",
     "word_perplexity": "per word",
     "bits_per_byte": "bits/byte",
+    "bleu": "BLEU",
+    "chrf2": "chrF",
     "cv_importance": "CV importance",
     "cv_load": "CV load",
     "max_over_mean_load": "max/mean",
@@ -40,6 +42,8 @@ _FORMATS = {
     "word_perplexity": "#.4g",
     "tokens_per_second": ",.0f",
     "bits_per_byte": ".3f",
+    "bleu": ".2f",
+    "chrf2": ".2f",
     "learning_rate": ".2e",
     "cv_importance": ".2f",
     "cv_load": ".2f",
