@@ -86,6 +86,18 @@ class LanguageModel(LayeredModel):
     def named_layers(self) -> Iterable[tuple[str, Layer]]:
         return cast(Iterable[tuple[str, Layer]], self.layers.items())
 
+    def use_sparse_gradients(self) -> list[nn.Parameter]:
+        """Leave sparse gradients to the tables of which a step touches few rows, from now on; return these.
+
+        The embedding, and the softmax's weights where a step sees a sample of the words.
+        """
+        self.embedding.sparse = True
+        self.softmax.sparse = bool(self.softmax.num_samples)
+        tables = [self.embedding.weight]
+        if self.softmax.sparse:
+            tables.append(self.softmax.weight)
+        return tables
+
     def sees_later_tokens(self) -> bool:
         return any(layer.sees_later_tokens for _, layer in self.named_layers())
 

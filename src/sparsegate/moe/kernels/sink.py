@@ -83,15 +83,15 @@ class _Sunk(torch.autograd.Function):
 
         scratch = Scratch()
 
-        def give(weight_EDH: Tensor, expert: int, left_ND: Tensor, right_NH: Tensor) -> None:
-            grad_DH = scratch.empty(weight_EDH.shape[1:], left_ND.dtype)
+        def give(name: str, weight_EDH: Tensor, expert: int, left_ND: Tensor, right_NH: Tensor) -> None:
+            grad_DH = scratch.empty(name, weight_EDH.shape[1:], left_ND.dtype)
             ctx.sink.consume(weight_EDH, expert, torch.mm(left_ND.t(), right_NH, out=grad_DH)[None])
 
         def sink(expert: int, rows: Rows) -> None:
             if needs_out:
-                give(w_out_EHD, expert, rows.hidden_NH, rows.grad_out_ND)
+                give("out", w_out_EHD, expert, rows.hidden_NH, rows.grad_out_ND)
             if needs_in:
-                give(w_in_EDS, expert, rows.input_ND, rows.grad_in_NS)
+                give("in", w_in_EDS, expert, rows.input_ND, rows.grad_in_NS)
 
         grad_x_TD, grad_weight_N = expert_by_expert.backward(
             grad_TD,
