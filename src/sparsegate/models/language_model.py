@@ -93,10 +93,8 @@ class LanguageModel(LayeredModel):
         """
         self.embedding.sparse = True
         self.softmax.sparse = bool(self.softmax.num_samples)
-        tables = [self.embedding.weight]
-        if self.softmax.sparse:
-            tables.append(self.softmax.weight)
-        return tables
+        tables = (self.embedding, self.softmax) if self.softmax.sparse else (self.embedding,)
+        return [parameter for table in tables for parameter in table.parameters() if parameter.dim() == 2]
 
     def sees_later_tokens(self) -> bool:
         return any(layer.sees_later_tokens for _, layer in self.named_layers())
