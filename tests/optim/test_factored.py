@@ -96,7 +96,8 @@ def steps(num_steps: int, *, num_experts: int = 5) -> list[tuple[torch.Tensor, t
 
 def leaving_out(optimizer, parameter, grad_EDH, used_E):
     parameter.grad = grad_EDH.masked_fill(~used_E[:, None, None], torch.nan)  # not even read
-    optimizer.step(used={parameter: used_E})
+    optimizer.only({parameter: used_E})
+    optimizer.step()
 
 
 def in_backward(optimizer, parameter, grad_EDH, used_E):

@@ -87,10 +87,7 @@ class LanguageModel(LayeredModel):
         return cast(Iterable[tuple[str, Layer]], self.layers.items())
 
     def use_sparse_gradients(self) -> list[nn.Parameter]:
-        """Leave sparse gradients to the tables of which a step touches few rows, from now on; return these.
-
-        The embedding, and the softmax's weights where a step sees a sample of the words.
-        """
+        """The embedding, and the softmax's weights where a step sees a sample of the words."""
         self.embedding.sparse = True
         self.softmax.sparse = bool(self.softmax.num_samples)
         tables = (self.embedding, self.softmax) if self.softmax.sparse else (self.embedding,)

@@ -56,6 +56,7 @@ class FactoredAdam(torch.optim.Optimizer):
         self._noise = None if rounding_seed is None else RoundingNoise(rounding_seed)
         self._matrices: dict[Tensor, tuple[Tensor, Matrices]] = {}
         self._begun: set[Tensor] = set()
+        self._used: Mapping[Tensor, Tensor] = {}
         super().__init__(params, {"lr": lr, "beta2": beta2, "eps": eps})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -77,24 +78,15 @@ class FactoredAdam(torch.optim.Optimizer):
             }
 
     @torch.no_grad()
-    def step(  # pyrefly: ignore
-        self,
-        closure: Callable[[], float] | None = None,
-        *,
-        used: Mapping[Tensor, Tensor] | None = None,
-    ) -> float | None:
-        """Update every parameter that has a gradient; end the step of those that were updated in backward.
-
-        used: for some parameters, bool [...], which of their matrices the gradient is of. The others, whose
-        gradient is zero, cost nothing: it is not even read.
-        """
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyrefly: ignore
+        """Update every parameter that has a gradient; end the step of those that were updated in backward."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for parameter in (p for group in self.param_groups for p in group["params"]):
             if parameter.grad is not None:
-                used_E = None if used is None else used.get(parameter)
+                used_E = self._used.get(parameter)
                 grad_EDH = parameter.grad.reshape(-1, *parameter.shape[-2:])
                 for block in _blocks(grad_EDH, used_E):
                     self._update(parameter, block, grad_EDH[block], _squares(grad_EDH[block]))
@@ -102,7 +94,15 @@ class FactoredAdam(torch.optim.Optimizer):
                 continue
             self.state[parameter]["step"] += 1
         self._begun.clear()
+        self._used = {}
         return loss
+
+    def only(self, used: Mapping[Tensor, Tensor]) -> None:
+        """Tell which matrices the gradients of the next step are of; those of the others are zeros.
+
+        used: for some parameters, bool [...]. What is left out costs nothing: it is not even read.
+        """
+        self._used = used
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As every optimizer's, but for dtypes: torch casts what it loads to that of the weights."""
