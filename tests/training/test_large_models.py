@@ -1,4 +1,4 @@
-"""What lets large models train: experts updated in backward, kept in bfloat16, tables of which rows are updated."""
+"""What lets large models train: experts updated in backward and kept in bfloat16, tables updated by rows."""
 
 from dataclasses import replace
 from pathlib import Path
