@@ -150,8 +150,8 @@ class Run:
         except FloatingPointError:
             raise NonFinite(
                 f"the gradient of batch {batch_index} (step {self.state.progress.step}) was not finite, "
-                "which showed after experts had been updated by it; the last checkpoint is intact: go on from "
-                f"it with training.skip-batches {batch_index}, or with optim.in-backward false"
+                "which showed after experts had been updated by it; the last checkpoint is intact: go on "
+                f"from it with training.skip-batches {batch_index}, or with optim.in-backward false"
             ) from None
         return gradient
 
