@@ -139,3 +139,22 @@ def test_only_targets_and_candidates_have_gradients():
 def test_a_negative_number_of_samples_is_refused():
     with pytest.raises(ValueError, match=r"num_samples \(-1\) must be at least 1, or 0 for all words"):
         OutputSoftmax(vocab_size=3, width=2, num_samples=-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_sparse_gradient_is_the_dense_one_in_the_rows_of_targets_and_candidates(dtype):
+    softmax = OutputSoftmax(vocab_size=50, width=4, num_samples=6, dtype=dtype)
+    hidden_TD, target_T = torch.randn(5, 4, dtype=dtype), torch.tensor([3, 40, 3, 7, 0])
+    sample_S = torch.tensor([0, 1, 1, 7, 20, 49])
+    found = []
+    for softmax.sparse in (False, True):
+        softmax.zero_grad()
+        leaf_TD = hidden_TD.clone().requires_grad_()
+        softmax.sampled_nll(leaf_TD, target_T, sample_S).sum().backward()
+        found.append((softmax.weight.grad, softmax.bias.grad, leaf_TD.grad))
+    (dense, *others), (sparse, *sparse_others) = found
+    assert sparse.is_sparse
+    assert set(sparse.coalesce().indices()[0].tolist()) == {*target_T.tolist(), *sample_S.tolist()}
+    assert_close(sparse.to_dense(), dense)
+    for other, sparse_other in zip(others, sparse_others, strict=True):
+        assert torch.equal(other, sparse_other)

@@ -84,8 +84,106 @@ def test_the_state_is_a_small_share_of_the_weights():
     parameter.grad = torch.ones_like(parameter)
     optimizer = FactoredAdam([parameter])
     optimizer.step()
-    state = sum(value.numel() for value in optimizer.state[parameter].values())
-    assert state < 0.01 * parameter.numel()
+    state = sum(value.nbytes for value in optimizer.state[parameter].values())
+    assert state < 0.01 * parameter.nbytes / 2  # also of bfloat16 weights
+
+
+def steps(num_steps: int, *, num_experts: int = 5) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Gradients [E, 3, 4], zero for experts that are not used, and which are used."""
+    used = [torch.rand(num_experts) < 0.5 for _ in range(num_steps)]
+    return [(torch.randn(num_experts, 3, 4) * used_E[:, None, None], used_E) for used_E in used]
+
+
+def leaving_out(optimizer, parameter, grad_EDH, used_E):
+    parameter.grad = grad_EDH.masked_fill(~used_E[:, None, None], torch.nan)  # not even read
+    optimizer.only({parameter: used_E})
+    optimizer.step()
+
+
+def in_backward(optimizer, parameter, grad_EDH, used_E):
+    for expert in used_E.nonzero().flatten().tolist():
+        optimizer.consume(parameter, expert, grad_EDH[expert : expert + 1].to(torch.float32).clone())
+    optimizer.step()
+
+
+def many_in_backward(optimizer, parameter, grad_EDH, used_E):
+    optimizer.consume(parameter, 0, grad_EDH[:2].clone())
+    optimizer.consume(parameter, 2, grad_EDH[2:].clone())
+    optimizer.step()
+
+
+@pytest.mark.parametrize("way", [leaving_out, in_backward, many_in_backward])
+@pytest.mark.parametrize(
+    ("dtype", "seed"), [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, 7)]
+)
+def test_experts_without_tokens_are_later_as_if_decayed_at_every_step(way, dtype, seed):
+    start = torch.randn(5, 3, 4).to(dtype)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    optimizers = [FactoredAdam([p], lr=LR, beta2=BETA2, rounding_seed=seed) for p in (ours, theirs)]
+    for grad_EDH, used_E in steps(12):
+        way(optimizers[0], ours, grad_EDH.to(dtype), used_E)
+        theirs.grad = grad_EDH.to(dtype)
+        optimizers[1].step()
+        assert_close(ours, theirs, dtype=torch.float32, scale=10)
+    everyone = torch.ones(5, 3, 4)
+    for optimizer, parameter in zip(optimizers, (ours, theirs), strict=True):
+        parameter.grad = everyone.to(dtype)
+        optimizer.step()
+    for key in ("row", "col", "last", "step"):
+        assert_close(optimizers[0].state[ours][key], optimizers[1].state[theirs][key], dtype=torch.float32)
+
+
+def test_an_expert_that_is_left_out_costs_nothing_and_keeps_its_state():
+    parameter = a_parameter(3, 3, 4)
+    optimizer = FactoredAdam([parameter], lr=LR)
+    before = {key: value.clone() for key, value in optimizer.state[parameter].items()}
+    leaving_out(optimizer, parameter, torch.ones(3, 3, 4), torch.tensor([True, False, True]))
+    state = optimizer.state[parameter]
+    assert torch.equal(state["row"][1], before["row"][1])
+    assert state["last"].tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("num_matrices", [1, 2])
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_a_gradient_that_is_not_finite_is_not_consumed(num_matrices, wrong):
+    parameter = a_parameter(2, 3, 4)
+    before = parameter.detach().clone()
+    optimizer = FactoredAdam([parameter])
+    grad_EDH = torch.randn(num_matrices, 3, 4)
+    grad_EDH[0, 1, 2] = wrong
+    with pytest.raises(FloatingPointError, match="not finite"):
+        optimizer.consume(parameter, 0, grad_EDH)
+    assert torch.equal(parameter, before)
+    assert not any(value.any() for value in optimizer.state[parameter].values())
+
+
+def test_a_step_has_begun_from_its_first_update_to_its_end():
+    parameter = a_parameter(2, 3, 4)
+    optimizer = FactoredAdam([parameter])
+    assert not optimizer.has_begun
+    optimizer.consume(parameter, 0, torch.ones(1, 3, 4))
+    assert optimizer.has_begun
+    optimizer.step()
+    assert not optimizer.has_begun
+    assert optimizer.state[parameter]["step"] == 1
+
+
+def test_rounded_at_random_weights_follow_those_in_float32_where_rounded_to_the_nearest_they_stay():
+    """Steps of a hundredth of the spacing of bfloat16 numbers between 1 and 2."""
+
+    def moved(dtype: torch.dtype, seed: int | None) -> float:
+        parameter = torch.nn.Parameter(torch.full((4, 64, 64), 1.5, dtype=dtype))
+        optimizer = FactoredAdam([parameter], lr=2.0**-7 / 100, rounding_seed=seed)
+        for _ in range(100):
+            parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+        return 1.5 - parameter.detach().double().mean().item()
+
+    exact = moved(torch.float32, None)
+    assert exact == pytest.approx(2.0**-7, rel=1e-3)
+    assert moved(torch.bfloat16, None) == 0
+    # 16,384 weights of variance below one spacing, which is what they should have moved.
+    assert moved(torch.bfloat16, 3) == pytest.approx(exact, rel=0.04)
 
 
 @pytest.mark.parametrize("chunk", [1, 12, 25, 10**9])
@@ -115,18 +213,19 @@ def test_weights_in_bfloat16_have_averages_in_float32():
     assert_close((before - parameter).float(), torch.full((2, 3, 4), 0.5), dtype=torch.bfloat16, scale=4)
 
 
-def test_state_dict_goes_on_where_it_stopped():
+@pytest.mark.parametrize("way", [leaving_out, in_backward])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_dict_goes_on_where_it_stopped(way, dtype):
     def run(restore: bool) -> torch.Tensor:
         torch.manual_seed(0)
-        parameter = a_parameter(2, 3, 4)
-        optimizer = FactoredAdam([parameter], lr=LR)
-        for step in range(4):
+        parameter = torch.nn.Parameter(torch.randn(5, 3, 4).to(dtype))
+        optimizer = FactoredAdam([parameter], lr=LR, rounding_seed=5)
+        for step, (grad_EDH, used_E) in enumerate(steps(6)):
             if restore and step == 2:
-                other = FactoredAdam([parameter], lr=LR)
+                other = FactoredAdam([parameter], lr=LR, rounding_seed=5)
                 other.load_state_dict(optimizer.state_dict())
                 optimizer = other
-            parameter.grad = torch.randn(2, 3, 4)
-            optimizer.step()
+            way(optimizer, parameter, grad_EDH.to(dtype), used_E)
         return parameter.detach()
 
     assert torch.equal(run(restore=False), run(restore=True))

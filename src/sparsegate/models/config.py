@@ -56,6 +56,10 @@ class Common:
         """Of all mixtures in the model."""
         return ()
 
+    def expert_dtypes(self) -> tuple[str, ...]:
+        """In which the experts of each mixture in the model are kept."""
+        return ()
+
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureLM(Common):
@@ -79,6 +83,10 @@ class MixtureLM(Common):
     drop: Literal["last", "lightest"] = field(
         default="last", metadata={"doc": "which pairs a capacity drops: of the last tokens, or light ones"}
     )
+    expert_dtype: Literal["float32", "bfloat16"] = field(
+        default="float32",
+        metadata={"doc": "of the experts' weights as they are kept; products are in training.precision"},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,6 +94,9 @@ class MixtureLM(Common):
 
     def gates(self) -> tuple[GateConfig, ...]:
         return (self.gate,)
+
+    def expert_dtypes(self) -> tuple[str, ...]:
+        return (self.expert_dtype,)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,6 +86,13 @@ class LanguageModel(LayeredModel):
     def named_layers(self) -> Iterable[tuple[str, Layer]]:
         return cast(Iterable[tuple[str, Layer]], self.layers.items())
 
+    def use_sparse_gradients(self) -> list[nn.Parameter]:
+        """The embedding, and the softmax's weights where a step sees a sample of the words."""
+        self.embedding.sparse = True
+        self.softmax.sparse = bool(self.softmax.num_samples)
+        tables = (self.embedding, self.softmax) if self.softmax.sparse else (self.embedding,)
+        return [parameter for table in tables for parameter in table.parameters() if parameter.dim() == 2]
+
     def sees_later_tokens(self) -> bool:
         return any(layer.sees_later_tokens for _, layer in self.named_layers())
 

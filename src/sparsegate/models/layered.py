@@ -3,8 +3,9 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
+from ..moe.kernels.sink import GradientSink
 from ..moe.routing import BalanceSums
 from .layers import Layer
 from .softmax import OutputSoftmax
@@ -26,6 +27,23 @@ class LayeredModel(nn.Module, ABC):
     def expert_parameters(self) -> list[nn.Parameter]:
         """The weights of all layers' experts."""
         return [parameter for _, layer in self.named_layers() for parameter in layer.expert_parameters()]
+
+    def used_experts(self, sums: Mapping[str, BalanceSums]) -> dict[Tensor, Tensor]:
+        """For all experts' weights, bool [E]: which of them have a gradient, by the sums over a batch."""
+        return {
+            parameter: sums[name].count_E > 0
+            for name, layer in self.named_layers()
+            for parameter in layer.expert_parameters()
+        }
+
+    def give_expert_gradients_to(self, sink: GradientSink) -> None:
+        """From now on the backward pass gives the experts' gradients away and leaves them no `.grad`."""
+        for _, layer in self.named_layers():
+            layer.give_expert_gradients_to(sink)
+
+    def use_sparse_gradients(self) -> list[nn.Parameter]:
+        """Leave sparse gradients to tables of which a step touches few rows, from now on; return these."""
+        return []
 
     def after_step(self, sums: Mapping[str, BalanceSums]) -> None:
         """Tell the gates what an optimizer step was made of: sums over the whole batch, by layer name."""

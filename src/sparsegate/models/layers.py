@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..moe.kernels.sink import GradientSink
 from ..moe.layer import MoE
 from ..moe.routing import BalanceSums, Routing
 
@@ -47,6 +48,9 @@ class Layer(nn.Module, ABC):
     def expert_parameters(self) -> Iterable[nn.Parameter]:
         """The weights of experts, stacked: of most models the largest part."""
         return ()
+
+    def give_expert_gradients_to(self, sink: GradientSink) -> None:
+        """From now on the backward pass gives the experts' gradients away and leaves them no `.grad`."""
 
     def after_step(self, sums: BalanceSums) -> None:
         """Called after each optimizer step with what the layer's routing added up to over the batch."""
@@ -184,6 +188,9 @@ class Mixture(Layer):
 
     def expert_parameters(self) -> Iterable[nn.Parameter]:
         return self.moe.experts.parameters()
+
+    def give_expert_gradients_to(self, sink: GradientSink) -> None:
+        self.moe.experts.give_gradients_to(sink)
 
     def after_step(self, sums: BalanceSums) -> None:
         self.moe.gate.after_step(sums)

@@ -29,6 +29,8 @@ class MixtureFields(Protocol):
     def capacity(self) -> float | None: ...
     @property
     def drop(self) -> Literal["last", "lightest"]: ...
+    @property
+    def expert_dtype(self) -> Literal["float32", "bfloat16"]: ...
 
 
 def require_mixture(config: MixtureFields, *, where: str) -> None:
@@ -63,6 +65,11 @@ def build_mixture(
         gate = Capacity(gate, factor=config.capacity, drop=config.drop)
     kind = SwiGLU if config.experts == "swiglu" else FeedForward
     experts = kind(
-        width=width, hidden=config.hidden, num_experts=config.num_experts, device=device, dtype=dtype
+        width=width,
+        hidden=config.hidden,
+        num_experts=config.num_experts,
+        storage=torch.bfloat16 if config.expert_dtype == "bfloat16" else None,
+        device=device,
+        dtype=dtype,
     )
     return MoE(gate=gate, experts=experts)

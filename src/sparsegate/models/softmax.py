@@ -18,6 +18,9 @@ class OutputSoftmax(nn.Module):
     logarithm of the chance to be a candidate, and a candidate that is the target is left out. It is no
     likelihood; evaluation mode always computes the exact one. The vocabulary is to be sorted, frequent words
     first.
+
+    sparse: whether the sampled loss leaves the weight a sparse gradient, of its rows of targets and
+    candidates; false at first.
     """
 
     def __init__(
@@ -33,6 +36,7 @@ class OutputSoftmax(nn.Module):
         if num_samples < 0:
             raise ValueError(f"num_samples ({num_samples}) must be at least 1, or 0 for all words")
         self.num_samples = num_samples
+        self.sparse = False
         self.weight = nn.Parameter(torch.empty(vocab_size, width, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(vocab_size, device=device, dtype=dtype))
         self.reset_parameters()
@@ -75,7 +79,7 @@ class OutputSoftmax(nn.Module):
         """
         num_tokens = len(target_T)
         word_N = torch.cat([target_T, sample_S])
-        weight_ND, bias_N = self.weight[word_N], self.bias[word_N]
+        weight_ND, bias_N = F.embedding(word_N, self.weight, sparse=self.sparse), self.bias[word_N]
         chance_N = log_chance(word_N, num_samples=len(sample_S), vocab_size=len(self.bias))
         target_logit_T = (hidden_TD * weight_ND[:num_tokens]).sum(dim=1) + bias_N[:num_tokens]
         logit_TS = F.linear(hidden_TD, weight_ND[num_tokens:], bias_N[num_tokens:])

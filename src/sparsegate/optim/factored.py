@@ -6,10 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rounding import RoundingNoise, round_to_bfloat16
+from .one_matrix import Constants, Matrices
+from .rounding import RoundingNoise, round_at_random_
 
 # Matrices are updated together up to this many numbers, so that no temporary is larger.
 _CHUNK = 1 << 22
+# State that stays there wherever the parameters are.
+ON_CPU = ("last", "step")
 
 
 class FactoredAdam(torch.optim.Optimizer):
@@ -22,9 +25,9 @@ class FactoredAdam(torch.optim.Optimizer):
     matrix, the last two axes of a parameter, is one by itself: each expert of a stack has its own averages.
 
     State of a parameter [..., D, H]: row [..., D] and col [..., H], float32 (float64 for float64 weights);
-    last [...], int64, the step at which a matrix was last updated; and step. In bytes, 4 (D + H) + 8 for each
-    matrix. A matrix without a gradient at a step (an expert without tokens) keeps its weights, and its
-    averages decay: at once with a gradient of zeros, at its next update where it is left out.
+    last [...], int64, the step at which a matrix was last updated, and step, both on the CPU. In bytes,
+    4 (D + H) + 8 for each matrix. A matrix without a gradient at a step (an expert without tokens) keeps its
+    weights, and its averages decay: at once with a gradient of zeros, at its next update if it is left out.
 
     Gradients come from `.grad` with `step()`, or matrix by matrix through `consume`, which updates them at
     once; `step()` then ends the step. Both give equal weights.
@@ -51,7 +54,9 @@ class FactoredAdam(torch.optim.Optimizer):
         if not eps > 0:
             raise ValueError(f"eps ({eps}) must be above 0")
         self._noise = None if rounding_seed is None else RoundingNoise(rounding_seed)
+        self._matrices: dict[Tensor, tuple[Tensor, Matrices]] = {}
         self._begun: set[Tensor] = set()
+        self._used: Mapping[Tensor, Tensor] = {}
         super().__init__(params, {"lr": lr, "beta2": beta2, "eps": eps})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -68,29 +73,20 @@ class FactoredAdam(torch.optim.Optimizer):
             self.state[parameter] = {
                 "row": parameter.new_zeros(*leading, num_rows, dtype=wide),
                 "col": parameter.new_zeros(*leading, num_columns, dtype=wide),
-                "last": parameter.new_zeros(leading, dtype=torch.int64),
+                "last": torch.zeros(leading, dtype=torch.int64),
                 "step": torch.zeros(()),
             }
 
     @torch.no_grad()
-    def step(  # pyrefly: ignore
-        self,
-        closure: Callable[[], float] | None = None,
-        *,
-        used: Mapping[Tensor, Tensor] | None = None,
-    ) -> float | None:
-        """Update every parameter that has a gradient; end the step of those that were updated in backward.
-
-        used: for some parameters, bool [...], which of their matrices the gradient is of. The others, whose
-        gradient is zero, cost nothing: it is not even read.
-        """
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyrefly: ignore
+        """Update every parameter that has a gradient; end the step of those that were updated in backward."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for parameter in (p for group in self.param_groups for p in group["params"]):
             if parameter.grad is not None:
-                used_E = None if used is None else used.get(parameter)
+                used_E = self._used.get(parameter)
                 grad_EDH = parameter.grad.reshape(-1, *parameter.shape[-2:])
                 for block in _blocks(grad_EDH, used_E):
                     self._update(parameter, block, grad_EDH[block], _squares(grad_EDH[block]))
@@ -98,7 +94,27 @@ class FactoredAdam(torch.optim.Optimizer):
                 continue
             self.state[parameter]["step"] += 1
         self._begun.clear()
+        self._used = {}
         return loss
+
+    def only(self, used: Mapping[Tensor, Tensor]) -> None:
+        """Tell which matrices the gradients of the next step are of; those of the others are zeros.
+
+        used: for some parameters, bool [...]. What is left out costs nothing: it is not even read.
+        """
+        self._used = used
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As every optimizer's, but for dtypes: torch casts what it loads to that of the weights."""
+        super().load_state_dict(state_dict)
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            stored = state_dict["state"][number]
+            self.state[parameter] = {
+                key: value.clone() if key in ON_CPU else value.clone().to(parameter.device)
+                for key, value in stored.items()
+            }
 
     @property
     def has_begun(self) -> bool:
@@ -112,11 +128,14 @@ class FactoredAdam(torch.optim.Optimizer):
         weight_EDH: the parameter. grad_EDH: of matrices from first_expert on, each of them once in a step.
         FloatingPointError: it is not finite; these matrices are as they were.
         """
-        squares = _squares(grad_EDH)
-        if not squares.sum().isfinite():
-            raise FloatingPointError("the gradient of an expert's weights is not finite")
         self._begun.add(weight_EDH)
-        self._update(weight_EDH, slice(first_expert, first_expert + len(grad_EDH)), grad_EDH, squares)
+        if weight_EDH.device.type == "cpu" and len(grad_EDH) == 1:
+            self._update_one(weight_EDH, first_expert, grad_EDH[0])
+            return
+        squares_EDH = _squares(grad_EDH)
+        if not squares_EDH.sum().isfinite():
+            raise FloatingPointError("the gradient of experts' weights is not finite")
+        self._update(weight_EDH, slice(first_expert, first_expert + len(grad_EDH)), grad_EDH, squares_EDH)
 
     def _update(self, parameter: Tensor, block: slice, grad_EDH: Tensor, squares_EDH: Tensor) -> None:
         """One step of some matrices. squares_EDH: is overwritten."""
@@ -125,7 +144,7 @@ class FactoredAdam(torch.optim.Optimizer):
         col_EH = state["col"].view(-1, parameter.shape[-1])[block]
         last_E, step, beta2 = state["last"].view(-1)[block], int(state["step"]) + 1, group["beta2"]
         # The averages of a matrix that was left out decay by one factor for each step.
-        decay_E1 = (beta2 ** (step - last_E).double()).to(row_ED.dtype)[:, None]
+        decay_E1 = (beta2 ** (step - last_E).double()).to(row_ED)[:, None]
         row_ED.mul_(decay_E1).add_(squares_EDH.mean(dim=2), alpha=1 - beta2)
         col_EH.mul_(decay_E1).add_(squares_EDH.mean(dim=1), alpha=1 - beta2)
         last_E.fill_(step)
@@ -141,12 +160,33 @@ class FactoredAdam(torch.optim.Optimizer):
             weight_EDH.addcmul_(scaled_EDH, by_col_E1H, value=-1)
             return
         value_EDH = weight_EDH.to(scaled_EDH.dtype).addcmul_(scaled_EDH, by_col_E1H, value=-1)
-        if self._noise is not None and weight_EDH.dtype == torch.bfloat16:
-            noise_EDH = self._noise.draw(
-                weight_EDH.shape, parameter=self._number(parameter), step=step, first_matrix=block.start
-            )
-            value_EDH = round_to_bfloat16(value_EDH, noise_EDH.to(value_EDH.device))
+        if (noise_EDH := self._draw(parameter, weight_EDH.shape, step, block.start)) is not None:
+            round_at_random_(value_EDH, noise_EDH.to(value_EDH.device))
         weight_EDH.copy_(value_EDH)
+
+    def _update_one(self, parameter: Tensor, index: int, grad_DH: Tensor) -> None:
+        """What `_update` does, of one matrix on the CPU."""
+        group, state = self._group(parameter), self.state[parameter]
+        step = int(state["step"]) + 1
+        row, matrices = self._matrices.get(parameter, (None, None))
+        if matrices is None or row is not state["row"]:  # the state may have been loaded
+            row, shape = state["row"], parameter.shape
+            matrices = Matrices(
+                parameter.detach().view(-1, *shape[-2:]),
+                row.view(-1, shape[-2]),
+                state["col"].view(-1, shape[-1]),
+                state["last"].view(-1),
+            )
+            self._matrices[parameter] = row, matrices
+        constants = Constants(group["lr"], group["beta2"], group["eps"], 1 - group["beta2"] ** step)
+        noise_EDH = self._draw(parameter, torch.Size((1, *grad_DH.shape)), step, index)
+        matrices.update(index, grad_DH, step, constants, None if noise_EDH is None else noise_EDH[0])
+
+    def _draw(self, parameter: Tensor, shape_EDH: torch.Size, step: int, first: int) -> Tensor | None:
+        if self._noise is None or parameter.dtype != torch.bfloat16:
+            return None
+        number = self._number(parameter)
+        return self._noise.draw(shape_EDH, parameter=number, step=step, first_matrix=first)
 
     def _group(self, parameter: Tensor) -> dict[str, Any]:
         return next(g for g in self.param_groups if any(p is parameter for p in g["params"]))

@@ -14,10 +14,10 @@ _LOWER_HALF = 1 << 16
 _STRIDE = 40_503
 
 
-def round_to_bfloat16(value: Tensor, noise: Tensor) -> Tensor:
-    """Round float32 numbers up or down, as the noise says. value: finite. noise: int32, 0 to 65535."""
-    bits = (value.view(torch.int32) + noise).bitwise_and_(-_LOWER_HALF)
-    return bits.view(torch.float32).to(torch.bfloat16)
+def round_at_random_(value: Tensor, noise: Tensor) -> Tensor:
+    """Round in place to numbers that bfloat16 has too. value: float32, finite. noise: int32, 0 to 65535."""
+    value.view(torch.int32).add_(noise).bitwise_and_(-_LOWER_HALF)
+    return value
 
 
 class RoundingNoise:

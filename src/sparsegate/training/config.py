@@ -104,6 +104,21 @@ class OptimConfig:
         "ones, which needs hardly any memory (appendix D)",
         "adam",
     )
+    in_backward: bool = option(
+        "update experts within the backward pass, each when its gradient is made, so that these gradients, "
+        "as large as all experts, never exist together; clip_norm is then that of all other gradients",
+        False,
+    )
+    rounding: Literal["nearest", "stochastic"] = option(
+        "of updated experts that are kept in bfloat16: to the nearest number, in which small steps are lost, "
+        "or up or down at random, with the exact value as the mean",
+        "nearest",
+    )
+    tables: Literal["adam", "rows"] = option(
+        "optimizer of the embedding and of a sampled softmax's weights: Adam, which rewrites all of them at "
+        "every step, or one for the rows of the words in the batch, with one second moment for each row",
+        "adam",
+    )
     learning_rate: float = option("at the end of the warm-up, its greatest value", 1e-3)
     warmup_steps: int = option("steps of linear warm-up", 1000)
     constant_steps: int = option("steps after the warm-up before the rate falls", 0)
@@ -113,6 +128,14 @@ class OptimConfig:
     clip_norm: float = option("gradients are scaled down to this global norm", 1.0)
 
     def __post_init__(self) -> None:
+        if self.experts != "factored":
+            require(not self.in_backward, "optim.in-backward", "true", "false, or optim.experts factored")
+            require(
+                self.rounding == "nearest",
+                "optim.rounding",
+                self.rounding,
+                "nearest, or optim.experts factored",
+            )
         require(self.learning_rate > 0, "optim.learning-rate", self.learning_rate, "above 0")
         require(self.warmup_steps >= 0, "optim.warmup-steps", self.warmup_steps, "at least 0")
         require(self.constant_steps >= 0, "optim.constant-steps", self.constant_steps, "at least 0")
@@ -199,12 +222,30 @@ class RunConfig:
                 self.training.micro_batches,
                 f"at most batches.batch-size ({self.batches.batch_size})",
             )
+        self._require_large()
         if isinstance(self.model, Translation):
             self._require_translation()
         else:
             self._require_language_model()
 
+    def _require_large(self) -> None:
+        """What the options for large models need of each other."""
+        if self.optim.in_backward:
+            parts = self.training.micro_batches
+            require(
+                parts == 1, "training.micro-batches", parts, "1 with optim.in-backward, which updates in each"
+            )
+        if "bfloat16" in self.model.expert_dtypes():
+            require(
+                self.optim.experts == "factored",
+                "optim.experts",
+                self.optim.experts,
+                "factored with model.expert-dtype bfloat16",
+            )
+
     def _require_translation(self) -> None:
+        tables = self.optim.tables
+        require(tables == "adam", "optim.tables", tables, "adam with a translation model")
         kind, smoothing = self.batches.kind, self.losses.label_smoothing
         require(kind == "parallel", "batches.kind", kind, "parallel with a translation model")
         require(

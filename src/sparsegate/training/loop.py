@@ -16,7 +16,7 @@ from .reporter import Reporter
 from .run_folder import check_run_folder, checkpoints_of, saved_steps, write_best, write_run_folder
 from .signals import stop_requests
 from .state import TrainState
-from .step import Gradient, NonFinite, apply_gradient, compute_gradient
+from .step import Gradient, NonFinite, apply_gradient, compute_gradient, set_learning_rate
 from .tasks import open_task
 from .tasks.task import Measured, Task
 
@@ -120,28 +120,48 @@ class Run:
         progress = self.state.progress
         while progress.batch_index in self.config.training.skip_batches:
             progress.batch_index += 1
-        batch_index, model = progress.batch_index, self.state.model
-        gradient = compute_gradient(
-            model, self.task.parts(model, batch_index, self.state.carried), self.config
-        )
+        rate = self._learning_rate()
+        gradient = self._gradient(progress.batch_index, rate)
         progress.batch_index += 1
         if gradient.finite:
-            self._update(gradient)
+            self._update(gradient, rate)
         else:
-            self._skip(gradient, batch_index)
+            self._skip(gradient, progress.batch_index - 1)
 
-    def _update(self, gradient: Gradient) -> None:
-        progress, optim = self.state.progress, self.config.optim
-        rate = warmup_then_inverse_sqrt(
-            step=progress.step + 1,
+    def _learning_rate(self) -> float:
+        """Of the next step."""
+        optim = self.config.optim
+        return warmup_then_inverse_sqrt(
+            step=self.state.progress.step + 1,
             peak=optim.learning_rate,
             warmup_steps=optim.warmup_steps,
             constant_steps=optim.constant_steps,
         )
-        apply_gradient(
-            self.state.model, self.state.optimizers, gradient, learning_rate=rate, clip_norm=optim.clip_norm
-        )
-        self.state.model.after_step(gradient.sums)
+
+    def _gradient(self, batch_index: int, rate: float) -> Gradient:
+        """Of one batch. NonFinite: it is not finite, and some experts have been updated already."""
+        model, factored = self.state.model, self.state.factored
+        set_learning_rate(self.state.optimizers, rate)  # the backward pass may update
+        parts = self.task.parts(model, batch_index, self.state.carried)
+        try:
+            gradient = compute_gradient(model, parts, self.config)
+            if not gradient.finite and factored is not None and factored.has_begun:
+                raise FloatingPointError
+        except FloatingPointError:
+            raise NonFinite(
+                f"the gradient of batch {batch_index} (step {self.state.progress.step}) was not finite, "
+                "which showed after experts had been updated by it; the last checkpoint is intact: go on "
+                f"from it with training.skip-batches {batch_index}, or with optim.in-backward false"
+            ) from None
+        return gradient
+
+    def _update(self, gradient: Gradient, rate: float) -> None:
+        progress, model = self.state.progress, self.state.model
+        if self.state.factored is not None:
+            self.state.factored.only(model.used_experts(gradient.sums))
+        clip_norm = self.config.optim.clip_norm
+        apply_gradient(model, self.state.optimizers, gradient, learning_rate=rate, clip_norm=clip_norm)
+        model.after_step(gradient.sums)
         self.state.carried = gradient.state
         progress.step += 1
         progress.tokens += gradient.num_tokens

@@ -1,15 +1,18 @@
 """A fresh state: the model with the weights that the seed gives or another run had, and its optimizers."""
 
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ..data import load_vocabulary
 from ..models import LayeredModel, build
 from ..optim.factored import FactoredAdam
+from ..optim.rows import RowAdam
 from .checkpoint import checkpoint_name, latest_checkpoint, load_checkpoint
-from .config import OptimConfig, RunConfig
+from .config import RunConfig
 from .noise import Draw, derived_seed
 from .run_folder import VOCABULARY, RunDataset, checkpoints_of, read_best, read_run_config
 from .state import TrainState, load_weights
@@ -23,23 +26,33 @@ def make_state(config: RunConfig) -> TrainState:
     freeze(model, config.training.freeze)
     if not config.training.init_from:
         require_trainable_thresholds(model)
-    return TrainState(model=model, optimizers=make_optimizers(model, config.optim))
+    return with_optimizers(model, config)
 
 
-def make_optimizers(model: LayeredModel, config: OptimConfig) -> list[torch.optim.Optimizer]:
-    """Adam for all that is trained, or for all but the experts, which then have the factored one."""
-    factored = set(model.expert_parameters()) if config.experts == "factored" else set()
-    trained = [p for p in model.parameters() if p.requires_grad]
+def with_optimizers(model: LayeredModel, config: RunConfig) -> TrainState:
+    """Adam for all that is trained, but for experts and tables that have optimizers of their own."""
+    optim = config.optim
+    rate, betas, eps = optim.learning_rate, (optim.beta1, optim.beta2), optim.epsilon
+    experts = _trained(model.expert_parameters() if optim.experts == "factored" else [])
+    tables = _trained(model.use_sparse_gradients() if optim.tables == "rows" else [])
+    others = {*experts, *tables}
     optimizers: list[torch.optim.Optimizer] = []
-    if dense := [p for p in trained if p not in factored]:
-        betas = (config.beta1, config.beta2)
-        adam = torch.optim.Adam(dense, lr=config.learning_rate, betas=betas, eps=config.epsilon, fused=True)
-        optimizers.append(adam)
-    if experts := [p for p in trained if p in factored]:
-        optimizers.append(
-            FactoredAdam(experts, lr=config.learning_rate, beta2=config.beta2, eps=config.epsilon)
-        )
-    return optimizers
+    if dense := [p for p in _trained(model.parameters()) if p not in others]:
+        optimizers.append(torch.optim.Adam(dense, lr=rate, betas=betas, eps=eps, fused=True))
+    if tables:
+        optimizers.append(RowAdam(tables, lr=rate, beta1=optim.beta1, beta2=optim.beta2, eps=eps))
+    factored = None
+    if experts:
+        seed = derived_seed(Draw.ROUNDING, config.seed) if optim.rounding == "stochastic" else None
+        factored = FactoredAdam(experts, lr=rate, beta2=optim.beta2, eps=eps, rounding_seed=seed)
+        optimizers.append(factored)
+        if optim.in_backward:
+            model.give_expert_gradients_to(factored)
+    return TrainState(model=model, optimizers=optimizers, factored=factored)
+
+
+def _trained(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    return [parameter for parameter in parameters if parameter.requires_grad]
 
 
 def resolve_device(device: str) -> torch.device:

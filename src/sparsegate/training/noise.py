@@ -14,6 +14,7 @@ class Draw(IntEnum):
     WEIGHTS = 1
     GATE_NOISE = 2
     DROPOUT = 3
+    ROUNDING = 4
 
 
 def derived_seed(draw: Draw, *keys: int) -> int:

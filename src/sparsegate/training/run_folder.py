@@ -18,6 +18,8 @@ VOCABULARY = "vocabulary.json"
 _STEP = re.compile(r"step-([0-9]{8,})")
 # These may differ when a run goes on: they say how long and how fast, not what is learned from what.
 _MAY_CHANGE = ("data", "optim", "training")
+# But these say what the optimizers' state is.
+_STAYS = ("optim.experts", "optim.tables")
 
 
 class RunDataset(Protocol):
@@ -111,7 +113,8 @@ def _may_be_there(name: str) -> bool:
 def _require_same_run(folder: Path, saved: RunConfig, given: RunConfig) -> None:
     before, now = dict(_values(to_json(saved))), dict(_values(to_json(given)))
     for path in sorted(now.keys() | before.keys()):
-        if before.get(path) != now.get(path) and path.partition(".")[0] not in _MAY_CHANGE:
+        may_change = path.partition(".")[0] in _MAY_CHANGE and path not in _STAYS
+        if before.get(path) != now.get(path) and not may_change:
             raise ValueError(
                 f"{path} ({now.get(path)}) is {before.get(path)} in {folder / CONFIG}; "
                 "a run goes on only as what it was: give the same, or another --out"

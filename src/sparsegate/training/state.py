@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..models import LayeredModel
+from ..optim.factored import ON_CPU, FactoredAdam
 from .checkpoint import Checkpoint, save_checkpoint
 from .overrides import from_json
 
@@ -34,11 +35,13 @@ class Progress:
 class TrainState:
     """Model, optimizers, counters, and the recurrent state that continuous text carries on.
 
-    optimizers: each parameter that is trained belongs to one of them.
+    optimizers: each parameter that is trained belongs to one of them. factored: the one of these that has the
+    experts, where it is that of appendix D.
     """
 
     model: LayeredModel
     optimizers: Sequence[torch.optim.Optimizer]
+    factored: FactoredAdam | None = None
     progress: Progress = field(default_factory=Progress)
     carried: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
@@ -111,7 +114,7 @@ def _load_optimizer_tensors(
         by_parameter.setdefault(name, {})[key] = value
     names = {parameter: name for name, parameter in model.named_parameters()}
     for optimizer in optimizers:
-        stays = () if _step_on_device(optimizer) else ("step",)
+        stays = () if _step_on_device(optimizer) else ON_CPU
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
             if stored := by_parameter.get(names[parameter]):
                 optimizer.state[parameter] = {

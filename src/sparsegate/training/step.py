@@ -1,7 +1,7 @@
 """One training step: loss and gradient of one batch, checked, then applied."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,7 @@ class Gradient:
     """What a batch says, before anything is changed; the gradients themselves stand in `.grad`.
 
     nll: mean negative log-likelihood per token, nats. balance: the weighted balance losses. norm: global norm
-    of the gradient before clipping. sums: of the whole batch, by layer. state: what recurrent layers carry
+    of the gradients before clipping. sums: of the whole batch, by layer. state: what recurrent layers carry
     on.
     """
 
@@ -46,7 +46,8 @@ def compute_gradient(model: LayeredModel, parts: Sequence[Part], config: RunConf
     Every part is scaled by the token count of the whole batch, so that the gradients of micro-batches simply
     add up. With several of them and `balance = "batch"` the losses are those of the joined batch, exactly: a
     first pass without gradients finds the batch's sums, and each part then contributes the derivative of the
-    loss at these sums times its own sums. Nothing but `.grad` changes.
+    loss at these sums times its own sums. Nothing but `.grad` changes, and the experts that are updated in
+    the backward pass; no loss that is not finite has one.
     """
     num_tokens = sum(part.num_tokens for part in parts)
     slope = None
@@ -55,7 +56,7 @@ def compute_gradient(model: LayeredModel, parts: Sequence[Part], config: RunConf
             total = add_sums([_forward(model, part, config).sums for part in parts])
             slope = balance_slope(total, config.losses)
     model.zero_grad(set_to_none=True)
-    outputs, nll, part_losses = [], 0.0, 0.0
+    outputs, nll, part_losses, is_finite = [], 0.0, 0.0, True
     for part in parts:
         output = _forward(model, part, config)
         losses = output.losses()
@@ -63,11 +64,14 @@ def compute_gradient(model: LayeredModel, parts: Sequence[Part], config: RunConf
             part_balance = balance_loss(output.sums, config.losses) / len(parts)
         else:
             part_balance = linear_in_sums(output.sums, slope)
-        (losses.trained / num_tokens + part_balance).backward()
+        loss = losses.trained / num_tokens + part_balance
+        is_finite = is_finite and bool(loss.isfinite())
+        if is_finite:  # or the weights that are updated in backward would be spoiled
+            loss.backward()
         nll, part_losses = nll + (losses.nll / num_tokens).item(), part_losses + part_balance.item()
         outputs.append((output.sums, output.state))
     sums = add_sums([pytree.tree_map(torch.Tensor.detach, s) for s, _ in outputs])
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    norm = torch.nn.utils.get_total_norm(_gradients(model)) if is_finite else torch.tensor(torch.nan)
     return Gradient(
         nll=nll,
         balance=part_losses if slope is None else float(balance_loss(sums, config.losses)),
@@ -88,12 +92,32 @@ def apply_gradient(
 ) -> None:
     """Clip the finite gradient that stands in `.grad` to a global norm, and update the weights."""
     assert gradient.finite
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, torch.tensor(gradient.norm))
+    scale = clip_norm / (gradient.norm + 1e-6)
+    if scale < 1:
+        for values in _gradients(model):
+            values.mul_(scale)
+    set_learning_rate(optimizers, learning_rate)
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], learning_rate: float) -> None:
+    """Of the next step; before a backward pass that updates weights."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        optimizer.step()
+
+
+def _gradients(model: LayeredModel) -> list[Tensor]:
+    """All there are; of sparse ones the values, each row once."""
+    found = []
+    for parameter in model.parameters():
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.coalesce()
+            found.append(parameter.grad.values())
+        elif parameter.grad is not None:
+            found.append(parameter.grad)
+    return found
 
 
 def balance_loss(sums: Mapping[str, BalanceSums], weights: LossConfig) -> Tensor:

@@ -30,12 +30,19 @@ class MixtureBlock:
     drop: Literal["last", "lightest"] = field(
         default="last", metadata={"doc": "which pairs a capacity drops: of the last tokens, or light ones"}
     )
+    expert_dtype: Literal["float32", "bfloat16"] = field(
+        default="float32",
+        metadata={"doc": "of the experts' weights as they are kept; products are in training.precision"},
+    )
 
     def __post_init__(self) -> None:
         require_mixture(self, where="")
 
     def gates(self) -> tuple[GateConfig, ...]:
         return (self.gate,)
+
+    def expert_dtypes(self) -> tuple[str, ...]:
+        return (self.expert_dtype,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +59,9 @@ class DenseBlock:
     def gates(self) -> tuple[GateConfig, ...]:
         return ()
 
+    def expert_dtypes(self) -> tuple[str, ...]:
+        return ()
+
 
 @dataclass(frozen=True, kw_only=True)
 class NoBlock:
@@ -60,6 +70,9 @@ class NoBlock:
     kind: Literal["none"] = "none"
 
     def gates(self) -> tuple[GateConfig, ...]:
+        return ()
+
+    def expert_dtypes(self) -> tuple[str, ...]:
         return ()
 
 
@@ -114,3 +127,6 @@ class Translation(Common):
 
     def gates(self) -> tuple[GateConfig, ...]:
         return (*self.encoder_block.gates(), *self.decoder_block.gates())
+
+    def expert_dtypes(self) -> tuple[str, ...]:
+        return (*self.encoder_block.expert_dtypes(), *self.decoder_block.expert_dtypes())

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor, nn
 
 from ..dispatch import combine, dispatch, plan_rows
+from ..kernels.sink import GradientSink
 from ..routing import Routing
 
 
@@ -16,6 +17,14 @@ class Experts(nn.Module, ABC):
     @abstractmethod
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """Return y_TD; zero for a token that no pair of the routing names."""
+
+    def give_gradients_to(self, sink: GradientSink | None) -> None:
+        """From now on the backward pass gives the weights' gradients to the sink; None: to `.grad`.
+
+        ValueError: these experts cannot.
+        """
+        if sink is not None:
+            raise ValueError(f"experts ({type(self).__name__}) cannot give gradients away: use stacked ones")
 
     @abstractmethod
     def ops_per_pair(self) -> int:

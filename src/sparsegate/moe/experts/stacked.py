@@ -25,12 +25,11 @@ class StackedExperts(Experts):
     that the weights are kept in where it is not that of the products, to which they are cast expert by
     expert; None: `dtype`, and x must have it too.
 
-    sink: where there is one, the backward pass gives it each expert's weight gradient as soon as it is made,
-    and `.grad` stays None. A sink may change that expert's weights at once.
+    With a sink (`give_gradients_to`) the backward pass gives it each expert's weight gradient as soon as it
+    is made, and `.grad` stays None. A sink may change that expert's weights at once.
     """
 
     activation: ActivationName
-    sink: GradientSink | None
 
     def __init__(
         self,
@@ -52,7 +51,7 @@ class StackedExperts(Experts):
         self.recompute = recompute
         self.kernel = kernel
         self.casts = storage is not None
-        self.sink = None
+        self.sink: GradientSink | None = None
         dtype = dtype if storage is None else storage
         self.w_in = nn.Parameter(torch.empty(num_experts, width, inputs, device=device, dtype=dtype))
         self.w_out = nn.Parameter(torch.empty(num_experts, hidden, width, device=device, dtype=dtype))
@@ -65,6 +64,9 @@ class StackedExperts(Experts):
     def extra_repr(self) -> str:
         num_experts, hidden, width = self.w_out.shape
         return f"width={width}, hidden={hidden}, num_experts={num_experts}"
+
+    def give_gradients_to(self, sink: GradientSink | None) -> None:
+        self.sink = sink
 
     def ops_per_pair(self) -> int:
         return self.w_in[0].numel() + self.w_out[0].numel()

@@ -18,6 +18,7 @@ from .activations import ACTIVATIONS
 from .groups import Group, for_each, groups_of
 from .memory import recycled_empty
 from .products import multiply, product
+from .workers import Scratch
 
 
 class Rows(NamedTuple):
@@ -52,15 +53,19 @@ def forward(
     kept_NS = recycled_empty(num_rows if keep else 0, w_in_EDS.shape[2], dtype=dtype)
     rows_ND = recycled_empty(num_rows, x_TD.shape[1], dtype=torch.promote_types(dtype, weight_N.dtype))
 
+    scratch = Scratch()
+
     def compute(group: Group) -> None:
         expert, rows = group
-        in_NS = product(x_TD.index_select(0, plan.token_N[rows]).to(dtype), w_in_EDS[expert].to(dtype))
+        w_in_DS = scratch.cast("in", w_in_EDS[expert], dtype)
+        w_out_HD = scratch.cast("out", w_out_EHD[expert], dtype)
+        in_NS = product(x_TD.index_select(0, plan.token_N[rows]).to(dtype), w_in_DS)
         if keep:
             act.keep(in_NS, out=kept_NS[rows])
             hidden_NH = act.hidden(kept_NS[rows])
         else:
             hidden_NH = act(in_NS)
-        torch.mul(product(hidden_NH, w_out_EHD[expert].to(dtype)), weight_N1[rows], out=rows_ND[rows])
+        torch.mul(product(hidden_NH, w_out_HD), weight_N1[rows], out=rows_ND[rows])
 
     with autocast_off(x_TD.device), torch.no_grad():
         for_each(compute, groups_of(plan.end_E))
@@ -101,9 +106,13 @@ def backward(
     grad_rows_ND = recycled_empty(*((num_rows, x_TD.shape[1]) if needs_x else (0,)), dtype=dtype)
     grad_weight_N = weight_N.new_zeros(num_rows, dtype=wide)
 
+    scratch = Scratch()
+
     def compute(group: Group) -> None:
         expert, rows = group
-        token, w_in_DS, w_out_HD = plan.token_N[rows], w_in_EDS[expert].to(dtype), w_out_EHD[expert].to(dtype)
+        token = plan.token_N[rows]
+        w_in_DS = scratch.cast("in", w_in_EDS[expert], dtype)
+        w_out_HD = scratch.cast("out", w_out_EHD[expert], dtype)
         input_ND = x_TD.index_select(0, token).to(dtype)
         if len(kept_NS):
             kept = kept_NS[rows]

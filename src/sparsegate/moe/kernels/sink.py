@@ -9,12 +9,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..dispatch import Plan
 from . import expert_by_expert
 from .activations import ActivationName
 from .expert_by_expert import Rows
+from .workers import Scratch
 
 
 class GradientSink(Protocol):
@@ -75,19 +75,23 @@ class _Sunk(torch.autograd.Function):
         return y_TD
 
     @staticmethod
-    @once_differentiable
-    def backward(  # pyrefly: ignore[bad-override]
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        _require_first_derivative()
         (grad_TD,) = grads
         x_TD, w_in_EDS, w_out_EHD, weight_N, kept_NS = ctx.saved_tensors
         needs_x, needs_in, needs_out, needs_weight = ctx.needs_input_grad[:4]
 
+        scratch = Scratch()
+
+        def give(name: str, weight_EDH: Tensor, expert: int, left_ND: Tensor, right_NH: Tensor) -> None:
+            grad_DH = scratch.empty(name, weight_EDH.shape[1:], left_ND.dtype)
+            ctx.sink.consume(weight_EDH, expert, torch.mm(left_ND.t(), right_NH, out=grad_DH)[None])
+
         def sink(expert: int, rows: Rows) -> None:
             if needs_out:
-                ctx.sink.consume(w_out_EHD, expert, torch.mm(rows.hidden_NH.t(), rows.grad_out_ND)[None])
+                give("out", w_out_EHD, expert, rows.hidden_NH, rows.grad_out_ND)
             if needs_in:
-                ctx.sink.consume(w_in_EDS, expert, torch.mm(rows.input_ND.t(), rows.grad_in_NS)[None])
+                give("in", w_in_EDS, expert, rows.input_ND, rows.grad_in_NS)
 
         grad_x_TD, grad_weight_N = expert_by_expert.backward(
             grad_TD,
@@ -104,6 +108,11 @@ class _Sunk(torch.autograd.Function):
         )
         rest = (None,) * 5
         return grad_x_TD if needs_x else None, None, None, grad_weight_N if needs_weight else None, *rest
+
+
+def _require_first_derivative() -> None:
+    if torch.is_grad_enabled():  # as it is in a backward pass that is to be differentiated
+        raise RuntimeError("experts with a sink have first derivatives alone; set their sink to None")
 
 
 def _is_finite(grad_TD: Tensor, plan: Plan) -> bool:
@@ -151,7 +160,7 @@ class _HandOver(torch.autograd.Function):
         return weight_EDH.view_as(weight_EDH)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:  # pyrefly: ignore[bad-override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        _require_first_derivative()
         ctx.sink.consume(ctx.weight_EDH, 0, *grads)
         return None, None

@@ -9,9 +9,10 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
-from threading import Barrier
+from threading import Barrier, local
 
 import torch
+from torch import Tensor
 
 
 def in_parallel(function: Callable[[int], object], tasks: Iterable[int]) -> None:
@@ -32,6 +33,23 @@ def in_parallel(function: Callable[[int], object], tasks: Iterable[int]) -> None
     errors = [future.exception() for future in running]
     for error in filter(None, errors):
         raise error
+
+
+class Scratch(local):
+    """Memory that each thread uses again: what it allocates and frees, the system may take and clear."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, Tensor] = {}
+
+    def empty(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """The thread's tensor of that name, always of one shape and dtype, with whatever it held last."""
+        if name not in self._tensors:
+            self._tensors[name] = torch.empty(shape, dtype=dtype)
+        return self._tensors[name]
+
+    def cast(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """The tensor itself, or in another dtype a copy in the thread's memory of that name."""
+        return tensor if tensor.dtype == dtype else self.empty(name, tensor.shape, dtype).copy_(tensor)
 
 
 def _drain(function: Callable[[int], object], queue: deque[int], inference: bool) -> None:
