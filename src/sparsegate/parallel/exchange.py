@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +49,10 @@ class _Exchange(torch.autograd.Function):
         return _all_to_all(tensors, rows, group)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
         needed = [index for index, needs in enumerate(ctx.needs_input_grad[2:]) if needs]
-        rows = tuple(ctx.rows[index].reversed() for index in needed)
-        back = iter(_all_to_all([grads[index] for index in needed], rows, ctx.group))
+        rows = [ctx.rows[index].reversed() for index in needed]
+        back = iter(exchange([grad_outputs[index] for index in needed], rows, ctx.group))
         return None, None, *(next(back) if needs else None for needs in ctx.needs_input_grad[2:])
 
 

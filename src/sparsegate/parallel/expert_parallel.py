@@ -111,7 +111,7 @@ def _agree_on_counts(departure: _Departure, group: dist.ProcessGroup) -> tuple[R
 
 
 def _load(departure: _Departure, rows: Rows, pairs: Rows, *, num_tokens: int) -> tuple[Plan, Tensor, Tensor]:
-    """The plan of the rows that go, which stand by rank; of each pair the code and the place in the routing."""
+    """The plan of the rows that go, by rank; of each pair that goes its code and its place in the routing."""
     num_rows, num_pairs = rows.num_sent, pairs.num_sent
     is_first_P = departure.is_first_N[:num_pairs]
     token_S = departure.token_N[torch.nonzero_static(is_first_P, size=num_rows).squeeze(1)]
