@@ -1,0 +1,122 @@
+"""Checkpoints that several ranks write together, each its own experts, whole or not at all."""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .checkpoint import checkpoint_name, save_checkpoint
+from .parts import DIGESTS, Share, digests_of, part_name
+from .ranks import Ranks, tell_all
+from .storage import UNFINISHED, CannotSave, FileDigest, write_file
+from .strict_json import Json
+from .tensor_file import encode_tensors
+
+Groups = Mapping[str, Mapping[str, Tensor]]
+
+
+class _Agreed(OSError):
+    """What failed somewhere, and is known to all ranks."""
+
+
+def save_on_ranks(
+    directory: Path,
+    *,
+    step: int,
+    tensors: Groups,
+    stacked: Groups,
+    state: Mapping[str, Json],
+    keep: Collection[int],
+    ranks: Ranks,
+) -> Path:
+    """As `save_checkpoint`, by all ranks together, into one directory that all see.
+
+    Args:
+        tensors: equal on all ranks; the first one writes them.
+        stacked: by file and name, tensors whose first axis is this rank's experts; the same names everywhere.
+        ranks: that write together.
+
+    Raises:
+        CannotSave, ValueError: on every rank when any of them fails; nothing has changed.
+    """
+    target = directory / checkpoint_name(step)
+    if ranks.rank:
+        _agree("", target, ranks)
+        try:
+            _write_parts(target.with_name(UNFINISHED + target.name), stacked, ranks)
+        except _Agreed as error:
+            raise CannotSave(target, needed=0, cause=error) from error
+        _agree("", target, ranks)
+        return target
+
+    def write_more(temporary: Path) -> dict[str, FileDigest]:
+        _agree("", target, ranks)
+        files, digests = _write_parts(temporary, stacked, ranks)
+        encoded = encode_tensors(digests, name=DIGESTS)
+        return {**files, f"{DIGESTS}.safetensors": write_file(_file(temporary, DIGESTS), encoded.chunks())}
+
+    try:
+        save_checkpoint(directory, step=step, tensors=tensors, state=state, keep=keep, write_more=write_more)
+    except (OSError, ValueError) as error:
+        if not isinstance(error.__cause__, _Agreed):
+            _first_problem(str(error), ranks)
+        raise
+    _agree("", target, ranks)
+    return target
+
+
+def _write_parts(
+    folder: Path, stacked: Groups, ranks: Ranks
+) -> tuple[dict[str, FileDigest], dict[str, Tensor]]:
+    """This rank's parts; what all ranks wrote, and the digests of all experts."""
+    share = Share(rank=ranks.rank, num_ranks=ranks.num_ranks)
+    own: dict[str, Json] = {}
+    problem = ""
+    try:
+        for group, part in stacked.items():
+            name = part_name(group, share)
+            digest = write_file(_file(folder, name), encode_tensors(part, name=name).chunks())
+            own[f"{name}.safetensors"] = [digest.size, digest.sha256]
+    except (OSError, ValueError) as error:
+        problem = f"rank {share.rank}: {error}"
+    files: dict[str, FileDigest] = {}
+    for answer in tell_all({"problem": problem, "files": own}, ranks):
+        match answer:
+            case {"problem": "", "files": dict(written)}:
+                files |= {name: FileDigest(*entry) for name, entry in written.items()}
+            case {"problem": str(problem)}:
+                raise _Agreed(problem)
+    digests = {
+        f"{group}/{name}": _of_all_ranks(digests_of(tensor), ranks)
+        for group, part in stacked.items()
+        for name, tensor in part.items()
+    }
+    return files, digests
+
+
+def _of_all_ranks(rows: Tensor, ranks: Ranks) -> Tensor:
+    """The rows of all ranks, in their order."""
+    sizes = [int(str(size)) for size in tell_all(len(rows), ranks)]
+    padded = torch.zeros(max(sizes), rows.shape[1], dtype=rows.dtype, device=ranks.device)
+    padded[: len(rows)] = rows
+    gathered = padded.new_empty(ranks.num_ranks * max(sizes), rows.shape[1])
+    dist.all_gather_into_tensor(gathered, padded, group=ranks.group)
+    return torch.cat([part[:n] for part, n in zip(gathered.split(max(sizes)), sizes, strict=True)]).cpu()
+
+
+def _agree(problem: str, target: Path, ranks: Ranks) -> None:
+    """Go on together, or fail together."""
+    if problem := _first_problem(problem, ranks):
+        cause = _Agreed(problem)
+        raise CannotSave(target, needed=0, cause=cause) from cause
+
+
+def _first_problem(problem: str, ranks: Ranks) -> str:
+    """Of any rank; "" for none."""
+    return next((str(p) for p in tell_all(problem, ranks) if p), "")
+
+
+def _file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.safetensors"
