@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from sparsegate.moe.layer import MoE
 from sparsegate.moe.losses import importance_loss, load_loss, switch_loss, threshold_loss, z_loss
 from sparsegate.moe.routing import BalanceSums
+from sparsegate.parallel import expert_parallel
 from sparsegate.parallel.expert_parallel import ExpertParallel
 from sparsegate.parallel.gathered import Gathered
 from sparsegate.parallel.placement import experts_of
@@ -198,6 +199,37 @@ def host_waits_of_a_rank(mesh: DeviceMesh, case: Case) -> int:
         stack.enter_context(mock.patch.object(moe.experts.experts, "forward", lambda x_RD, _: x_RD))
         moe.experts(part.x_TD, routing)
     return len(waits)
+
+
+def step_with_wrong_counts(mesh: DeviceMesh, case: Case, who: int, where: str, by: int) -> tuple[str, int]:
+    """What a rank says, and how many tensors of rows moved, when `by` is added to a count of rank `who`.
+
+    where: "counting", or "on the way" to the others.
+    """
+    moved, collective, departure = [], dist.all_to_all_single, expert_parallel._departure
+    is_culprit = mesh.get_local_rank() == who
+
+    def count_wrong(*given, **options):
+        found = departure(*given, **options)
+        if is_culprit and where == "counting":
+            found.rows_W[0] += by
+        return found
+
+    def send(into, tensor, *rest, **options):
+        if tensor.shape[1:] == (3,) and is_culprit and where == "on the way":
+            tensor = tensor + torch.tensor([by, 0, 0])
+        moved.extend([tensor] if tensor.shape[1:] != (3,) else [])
+        return collective(into, tensor, *rest, **options)
+
+    with (
+        mock.patch.object(expert_parallel, "_departure", count_wrong),
+        mock.patch.object(dist, "all_to_all_single", send),
+    ):
+        try:
+            step_of_a_rank(mesh, case)
+        except RuntimeError as error:
+            return str(error), len(moved)
+    return "nothing", len(moved)
 
 
 def routing_of_a_rank(mesh: DeviceMesh, case: Case) -> tuple[int, int]:

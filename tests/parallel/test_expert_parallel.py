@@ -13,6 +13,7 @@ from tests.helpers.expert_ranks import (
     random_case,
     rows_sent_by_a_rank,
     step_of_a_rank,
+    step_with_wrong_counts,
 )
 from tests.helpers.tolerances import assert_close
 
@@ -69,6 +70,16 @@ def test_a_token_goes_once_to_each_rank_that_has_an_expert_of_it(ranks):
 def test_one_forward_pass_waits_once_for_the_host(ranks):
     """Numbers leave the device once: for the counts."""
     assert ranks.run(host_waits_of_a_rank, 2, Case("noisy_topk", "feed_forward", (3, 5))) == [1, 1]
+
+
+@pytest.mark.parametrize("by", [1, -1, -1000, 1 << 40])
+@pytest.mark.parametrize("where", ["counting", "on the way"])
+def test_wrong_counts_of_one_rank_are_the_same_error_everywhere_before_a_row_moves(where, by, ranks):
+    case = Case("noisy_topk", "feed_forward", (3, 5, 4))
+    found = ranks.run(step_with_wrong_counts, 3, case, 1, where, by)
+    assert {moved for _, moved in found} == {0}
+    assert len({message for message, _ in found}) == 1
+    assert "from rank 1 do not fit" in found[0][0]
 
 
 @pytest.mark.parametrize("kind", ["of the layer", "of the experts"])

@@ -65,12 +65,14 @@ class ExpertParallel(Experts):
 class _Departure:
     """The pairs of a routing sorted by the rank they go to, those that go nowhere at the end.
 
-    order_N: the pair at each place. token_N: its token. code_N: int32, its expert among those of the rank,
-    doubled, and one more where it is the first pair of its token there: from that the rank knows which pairs
-    share a row. is_first_N: that. rows_W, pairs_W: int64, number of rows and of pairs for each rank.
+    order_N: the pair at each place. rank_N: where it goes. token_N: its token. code_N: int32, its expert
+    among those of the rank, doubled, and one more where it is the first pair of its token there: from that
+    the rank knows which pairs share a row. is_first_N: that. rows_W, pairs_W: int64, number of rows and of
+    pairs for each rank.
     """
 
     order_N: Tensor
+    rank_N: Tensor
     token_N: Tensor
     code_N: Tensor
     is_first_N: Tensor
@@ -90,6 +92,7 @@ def _departure(routing: Routing, *, num_ranks: int) -> _Departure:
     local_N = routing.expert_N[order_N] - first_W[rank_N]
     return _Departure(
         order_N=order_N,
+        rank_N=rank_N,
         token_N=token_N,
         code_N=(2 * local_N + is_first_N).to(torch.int32),
         is_first_N=is_first_N,
@@ -99,15 +102,44 @@ def _departure(routing: Routing, *, num_ranks: int) -> _Departure:
 
 
 def _agree_on_counts(departure: _Departure, group: dist.ProcessGroup) -> tuple[Rows, Rows]:
-    """Numbers of rows and of pairs, known to both ends: the one time that the host waits."""
-    sent_W2 = torch.stack([departure.rows_W, departure.pairs_W], dim=1)
-    received_W2 = torch.empty_like(sent_W2)
-    dist.all_to_all_single(received_W2, sent_W2, group=group)
-    sent, received = torch.stack([sent_W2.T, received_W2.T]).tolist()
-    rows, pairs = (
-        Rows(sent_W=tuple(out), received_W=tuple(came)) for out, came in zip(sent, received, strict=True)
+    """Numbers of rows and of pairs, known to both ends: the one time that the host waits.
+
+    RuntimeError: on all ranks alike, before any row has moved, where counts do not fit.
+    """
+    rows_W, pairs_W = departure.rows_W, departure.pairs_W
+    sent_W3 = torch.stack([rows_W, pairs_W, _check_sum(rows_W, pairs_W)], dim=1)
+    received_W3 = torch.empty_like(sent_W3)
+    dist.all_to_all_single(received_W3, sent_W3, group=group)
+    culprit = _culprit(departure, received_W3, dist.get_rank(group))
+    dist.all_reduce(culprit, op=dist.ReduceOp.MAX, group=group)
+    *numbers, rank = torch.cat([sent_W3[:, :2].T.flatten(), received_W3[:, :2].T.flatten(), culprit]).tolist()
+    if rank >= 0:
+        raise RuntimeError(
+            f"the numbers of rows from rank {rank} do not fit its tokens, or were altered on their way; no row "
+            "has been sent: look for a fault of that rank's memory or network"
+        )
+    size = len(rows_W)
+    rows_out, pairs_out, rows_in, pairs_in = (tuple(numbers[i * size : (i + 1) * size]) for i in range(4))
+    return Rows(sent_W=rows_out, received_W=rows_in), Rows(sent_W=pairs_out, received_W=pairs_in)
+
+
+def _check_sum(rows_W: Tensor, pairs_W: Tensor) -> Tensor:
+    return 1_000_003 * rows_W + 31 * pairs_W + 17
+
+
+def _culprit(departure: _Departure, received_W3: Tensor, rank: int) -> Tensor:
+    """The last rank whose counts cannot be right, as far as this one sees; -1 for none: int64 [1].
+
+    Another size than was agreed on is garbage with Gloo, and a hang or garbage with NCCL.
+    """
+    rows_W, pairs_W, check_W = received_W3.unbind(dim=1)
+    is_wrong_W = (check_W != _check_sum(rows_W, pairs_W)) | (rows_W < 0) | (pairs_W < rows_W)
+    is_used_N = departure.rank_N < len(rows_W)
+    is_own_wrong = (departure.pairs_W.sum() != is_used_N.sum()) | (
+        departure.rows_W.sum() != (is_used_N & departure.is_first_N).sum()
     )
-    return rows, pairs
+    rank_W = torch.arange(len(rows_W), device=rows_W.device)
+    return torch.where(is_wrong_W | (is_own_wrong & (rank_W == rank)), rank_W, -1).amax()[None]
 
 
 def _load(departure: _Departure, rows: Rows, pairs: Rows, *, num_tokens: int) -> tuple[Plan, Tensor, Tensor]:

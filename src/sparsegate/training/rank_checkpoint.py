@@ -78,14 +78,14 @@ def _write_parts(
         for group, part in stacked.items():
             name = part_name(group, share)
             digest = write_file(_file(folder, name), encode_tensors(part, name=name).chunks())
-            own[f"{name}.safetensors"] = [digest.size, digest.sha256]
+            own[f"{name}.safetensors"] = {"size": digest.size, "sha256": digest.sha256}
     except (OSError, ValueError) as error:
         problem = f"rank {share.rank}: {error}"
     files: dict[str, FileDigest] = {}
     for answer in tell_all({"problem": problem, "files": own}, ranks):
         match answer:
             case {"problem": "", "files": dict(written)}:
-                files |= {name: FileDigest(*entry) for name, entry in written.items()}
+                files |= {name: _parse_digest(entry) for name, entry in written.items()}
             case {"problem": str(problem)}:
                 raise _Agreed(problem)
     digests = {
@@ -94,6 +94,13 @@ def _write_parts(
         for name, tensor in part.items()
     }
     return files, digests
+
+
+def _parse_digest(entry: Json) -> FileDigest:
+    match entry:
+        case {"size": int(size), "sha256": str(sha256)}:
+            return FileDigest(size, sha256)
+    raise AssertionError(entry)
 
 
 def _of_all_ranks(rows: Tensor, ranks: Ranks) -> Tensor:
