@@ -115,8 +115,8 @@ def _agree_on_counts(departure: _Departure, group: dist.ProcessGroup) -> tuple[R
     *numbers, rank = torch.cat([sent_W3[:, :2].T.flatten(), received_W3[:, :2].T.flatten(), culprit]).tolist()
     if rank >= 0:
         raise RuntimeError(
-            f"the numbers of rows from rank {rank} do not fit its tokens, or were altered on their way; no row "
-            "has been sent: look for a fault of that rank's memory or network"
+            f"the numbers of rows from rank {rank} do not fit its tokens, or were altered on their way; no "
+            "row has been sent: look for a fault of that rank's memory or network"
         )
     size = len(rows_W)
     rows_out, pairs_out, rows_in, pairs_in = (tuple(numbers[i * size : (i + 1) * size]) for i in range(4))
