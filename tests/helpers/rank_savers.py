@@ -56,7 +56,7 @@ def assert_same(found: dict[str, dict[str, Tensor]], expected: dict[str, dict[st
 
 
 def ranks_of(mesh: DeviceMesh) -> Ranks:
-    return Ranks(device=torch.device("cpu"), group=mesh.get_group())
+    return Ranks.of_mesh(mesh)
 
 
 def save_of_a_rank(mesh: DeviceMesh, folder: str, step: int) -> str:

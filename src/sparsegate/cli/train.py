@@ -1,5 +1,6 @@
 """`sparsegate train`: a recipe and a dataset to a trained model."""
 
+import os
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +50,7 @@ def config(args: Namespace) -> RunConfig | None:
 def run(args: Namespace) -> int:
     if not args.config.data:
         raise ValueError("--data: give the dataset to train on, a folder that `sparsegate prepare` made")
-    folder, console = folder_of(args), Console(stderr=True)
+    folder, console = folder_of(args), Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
     result = train(replace(args.config, name=args.name), folder=folder, resume=args.resume, console=console)
     console.print(_summary(result))
     return 0

@@ -94,9 +94,9 @@ def gradient_norm(model: nn.Module, mesh: DeviceMesh) -> Tensor:
     """The global norm of the gradients that `add_up_gradients` left, equal on all ranks."""
     experts = set(expert_parameters(model))
     with_gradient = [p for p in model.parameters() if p.grad is not None]
-    spread = _squared_norm([p.grad for p in with_gradient if p in experts])
+    spread = _squared_norm([p.grad for p in with_gradient if p in experts], mesh)
     dist.all_reduce(spread, group=mesh.get_group(EXPERT))
-    return (spread + _squared_norm([p.grad for p in with_gradient if p not in experts])).sqrt()
+    return (spread + _squared_norm([p.grad for p in with_gradient if p not in experts], mesh)).sqrt()
 
 
 def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -105,7 +105,7 @@ def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def names_in_one_process(model: nn.Module) -> dict[str, str]:
-    """Each parameter's and buffer's name in this model, and the name it has in the model of one process."""
+    """Each parameter's and buffer's name in this model, and its name in the model of one process."""
     wrapped = {
         f"{path}.{inner}.": f"{path}." for path, module in model.named_modules() for inner in _inner(module)
     }
@@ -153,7 +153,8 @@ def _all_reduce(tensors: list[Tensor | None], group: dist.ProcessGroup) -> None:
         work.wait()
 
 
-def _squared_norm(gradients: list[Tensor | None]) -> Tensor:
+def _squared_norm(gradients: list[Tensor | None], mesh: DeviceMesh) -> Tensor:
     """Of whole gradients, where each rank has a shard as well."""
     norm = nn.utils.get_total_norm([g for g in gradients if g is not None])
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).square()
+    whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return whole.to(mesh.device_type).square()

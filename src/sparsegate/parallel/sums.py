@@ -19,6 +19,8 @@ def sum_over_ranks(sums: Sums, group: dist.ProcessGroup | None = None) -> Sums:
     ranks. group: None is all ranks.
     """
     leaves, spec = pytree.tree_flatten(sums)
+    if not leaves:
+        return sums
     totals = _SumOverRanks.apply(group, *leaves)
     return cast(Sums, pytree.tree_unflatten(list(totals), spec))
 

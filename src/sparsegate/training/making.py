@@ -8,9 +8,11 @@ import torch
 from ..data import load_vocabulary
 from ..models import LayeredModel, build
 from ..optim.factored import FactoredAdam
+from ..parallel.distribute import spread_experts
 from .checkpoint import checkpoint_name, latest_checkpoint, load_checkpoint
 from .config import OptimConfig, RunConfig
 from .noise import Draw, derived_seed
+from .ranks import Ranks
 from .run_folder import VOCABULARY, RunDataset, checkpoints_of, read_best, read_run_config
 from .state import TrainState, load_weights
 
@@ -24,6 +26,15 @@ def make_state(config: RunConfig) -> TrainState:
     if not config.training.init_from:
         require_trainable_thresholds(model)
     return TrainState(model=model, optimizers=make_optimizers(model, config.optim))
+
+
+def over_ranks(state: TrainState, config: RunConfig, ranks: Ranks) -> TrainState:
+    """The fresh state with this rank's experts alone. ValueError: fewer experts than ranks."""
+    if ranks.mesh is None:
+        return state
+    if state.model.has_mixtures():
+        spread_experts(state.model, ranks.mesh, selection=config.training.selection)
+    return TrainState(model=state.model, optimizers=make_optimizers(state.model, config.optim), ranks=ranks)
 
 
 def make_optimizers(model: LayeredModel, config: OptimConfig) -> list[torch.optim.Optimizer]:

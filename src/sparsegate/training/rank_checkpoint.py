@@ -4,12 +4,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .checkpoint import checkpoint_name, save_checkpoint
 from .parts import DIGESTS, Share, digests_of, part_name
-from .ranks import Ranks, tell_all
+from .ranks import Ranks
 from .storage import UNFINISHED, CannotSave, FileDigest, write_file
 from .strict_json import Json
 from .tensor_file import encode_tensors
@@ -82,14 +81,14 @@ def _write_parts(
     except (OSError, ValueError) as error:
         problem = f"rank {share.rank}: {error}"
     files: dict[str, FileDigest] = {}
-    for answer in tell_all({"problem": problem, "files": own}, ranks):
+    for answer in ranks.tell_all({"problem": problem, "files": own}):
         match answer:
             case {"problem": "", "files": dict(written)}:
                 files |= {name: _parse_digest(entry) for name, entry in written.items()}
             case {"problem": str(problem)}:
                 raise _Agreed(problem)
     digests = {
-        f"{group}/{name}": _of_all_ranks(digests_of(tensor), ranks)
+        f"{group}/{name}": torch.cat(ranks.gather(digests_of(tensor)))
         for group, part in stacked.items()
         for name, tensor in part.items()
     }
@@ -103,16 +102,6 @@ def _parse_digest(entry: Json) -> FileDigest:
     raise AssertionError(entry)
 
 
-def _of_all_ranks(rows: Tensor, ranks: Ranks) -> Tensor:
-    """The rows of all ranks, in their order."""
-    sizes = [int(str(size)) for size in tell_all(len(rows), ranks)]
-    padded = torch.zeros(max(sizes), rows.shape[1], dtype=rows.dtype, device=ranks.device)
-    padded[: len(rows)] = rows
-    gathered = padded.new_empty(ranks.num_ranks * max(sizes), rows.shape[1])
-    dist.all_gather_into_tensor(gathered, padded, group=ranks.group)
-    return torch.cat([part[:n] for part, n in zip(gathered.split(max(sizes)), sizes, strict=True)]).cpu()
-
-
 def _agree(problem: str, target: Path, ranks: Ranks) -> None:
     """Go on together, or fail together."""
     if problem := _first_problem(problem, ranks):
@@ -122,7 +111,7 @@ def _agree(problem: str, target: Path, ranks: Ranks) -> None:
 
 def _first_problem(problem: str, ranks: Ranks) -> str:
     """Of any rank; "" for none."""
-    return next((str(p) for p in tell_all(problem, ranks) if p), "")
+    return next((str(p) for p in ranks.tell_all(problem) if p), "")
 
 
 def _file(folder: Path, name: str) -> Path:

@@ -12,6 +12,7 @@ from ..models import LayeredModel
 from ..moe.losses import importance_loss, load_loss, switch_loss, threshold_loss, z_loss
 from ..moe.routing import BalanceSums
 from .config import LossConfig, RunConfig
+from .ranks import ALONE, Ranks
 from .tasks.task import Forward, Part, State, SumsByLayer
 
 
@@ -40,38 +41,47 @@ class Gradient:
         return math.isfinite(self.nll) and math.isfinite(self.balance) and math.isfinite(self.norm)
 
 
-def compute_gradient(model: LayeredModel, parts: Sequence[Part], config: RunConfig) -> Gradient:
+def compute_gradient(
+    model: LayeredModel, parts: Sequence[Part], config: RunConfig, ranks: Ranks = ALONE
+) -> Gradient:
     """Leave in `.grad` the gradient of a batch's loss: the mean loss per token plus the balance losses.
 
     Every part is scaled by the token count of the whole batch, so that the gradients of micro-batches simply
     add up. With several of them and `balance = "batch"` the losses are those of the joined batch, exactly: a
     first pass without gradients finds the batch's sums, and each part then contributes the derivative of the
     loss at these sums times its own sums. Nothing but `.grad` changes.
+
+    ranks: the parts are this rank's, equally many on each, and the batch is that of all of them: what is
+    returned is of the whole batch, but for `state`.
     """
-    num_tokens = sum(part.num_tokens for part in parts)
+    num_tokens = int(ranks.sum(sum(part.num_tokens for part in parts))[0])
+    joined = config.training.balance == "batch"
     slope = None
-    if len(parts) > 1 and config.training.balance == "batch" and model.has_mixtures():
+    if len(parts) > 1 and joined and model.has_mixtures():
         with torch.no_grad():
             total = add_sums([_forward(model, part, config).sums for part in parts])
-            slope = balance_slope(total, config.losses)
+            slope = balance_slope(ranks.total(total), config.losses)
     model.zero_grad(set_to_none=True)
     outputs, nll, part_losses = [], 0.0, 0.0
     for part in parts:
         output = _forward(model, part, config)
         losses = output.losses()
-        if slope is None:
-            part_balance = balance_loss(output.sums, config.losses) / len(parts)
-        else:
+        if slope is not None:
             part_balance = linear_in_sums(output.sums, slope)
+        elif joined:
+            part_balance = balance_loss(ranks.total(output.sums), config.losses)
+        else:
+            part_balance = balance_loss(output.sums, config.losses) / (len(parts) * ranks.num_ranks)
         (losses.trained / num_tokens + part_balance).backward()
         nll, part_losses = nll + (losses.nll / num_tokens).item(), part_losses + part_balance.item()
         outputs.append((output.sums, output.state))
-    sums = add_sums([pytree.tree_map(torch.Tensor.detach, s) for s, _ in outputs])
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    ranks.add_up_gradients(model)
+    sums = ranks.total(add_sums([pytree.tree_map(torch.Tensor.detach, s) for s, _ in outputs]))
+    nll, part_losses = ranks.sum(nll, part_losses)
     return Gradient(
         nll=nll,
-        balance=part_losses if slope is None else float(balance_loss(sums, config.losses)),
-        norm=norm.item(),
+        balance=float(balance_loss(sums, config.losses)) if joined else part_losses,
+        norm=ranks.gradient_norm(model),
         num_tokens=num_tokens,
         sums=sums,
         state=_join_states([state for _, state in outputs]),
