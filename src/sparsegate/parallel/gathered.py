@@ -65,7 +65,7 @@ def _sizes_and_seed(x_TD: Tensor, group: dist.ProcessGroup) -> tuple[list[int], 
     """Number of tokens of each rank, and the first rank's draw, as the host's."""
     own = torch.tensor([x_TD.shape[0], int(torch.randint(1 << 62, ()))], device=x_TD.device)
     all_W2 = own.new_empty(dist.get_world_size(group), 2)
-    dist.all_gather_into_tensor(all_W2, own[None], group=group)
+    dist.all_gather(list(all_W2), own, group=group)
     sizes_W, seeds_W = all_W2.T.tolist()
     return sizes_W, seeds_W[0]
 

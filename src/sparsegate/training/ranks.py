@@ -87,14 +87,13 @@ class Ranks:
         if self.mesh is None:
             return [rows.cpu()]
         group, device = self.mesh.get_group(), self.mesh.device_type
-        sizes_W = torch.zeros(self.num_ranks, dtype=torch.int64, device=device)
-        dist.all_gather_into_tensor(sizes_W, torch.tensor([len(rows)], device=device), group=group)
-        sizes = sizes_W.tolist()
+        sizes_W1 = torch.zeros(self.num_ranks, 1, dtype=torch.int64, device=device)
+        dist.all_gather(list(sizes_W1), torch.tensor([len(rows)], device=device), group=group)
+        sizes = sizes_W1.flatten().tolist()
         padded = torch.zeros(max(sizes), *rows.shape[1:], dtype=rows.dtype, device=device)
         padded[: len(rows)] = rows
-        gathered = padded.new_empty(self.num_ranks * max(sizes), *rows.shape[1:])
-        dist.all_gather_into_tensor(gathered, padded, group=group)
-        parts = gathered.tensor_split(self.num_ranks)
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=group)
         return [part[:size].cpu() for part, size in zip(parts, sizes, strict=True)]
 
     def agree(self, word: str) -> str:
