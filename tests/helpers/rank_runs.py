@@ -1,6 +1,8 @@
 """Runs of the training loop on ranks."""
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -36,7 +38,7 @@ def exact(config: RunConfig, **training: object) -> RunConfig:
 
 
 def train_on_rank(mesh: DeviceMesh, config: RunConfig, folder: str, resume: bool = False) -> str:
-    """What the loop says on this rank: "" when it ends."""
+    """What the loop says on this rank: "" when it ends, or the signal that it left on."""
 
     @contextmanager
     def these(*given: object, **options: object) -> Iterator[Ranks]:
@@ -44,10 +46,22 @@ def train_on_rank(mesh: DeviceMesh, config: RunConfig, folder: str, resume: bool
 
     with mock.patch.object(loop, "ranks_of_process", these):
         try:
-            loop.train(config, folder=Path(folder), resume=resume)
+            return loop.train(config, folder=Path(folder), resume=resume).stopped_by
         except (ValueError, OSError) as error:
             return "told elsewhere" if isinstance(error, ToldElsewhere) else str(error)
-    return ""
+
+
+def stopped_on_rank(mesh: DeviceMesh, config: RunConfig, folder: str, who: int, step: int) -> str:
+    """The same, when a signal reaches rank `who` in that step."""
+    plain = loop.Run.step
+
+    def signalled(run: loop.Run) -> None:
+        plain(run)
+        if mesh.get_local_rank() == who and run.state.progress.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with mock.patch.object(loop.Run, "step", signalled):
+        return train_on_rank(mesh, config, folder)
 
 
 def differently_on_rank(mesh: DeviceMesh, configs: list[RunConfig], folder: str) -> str:

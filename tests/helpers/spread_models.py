@@ -168,3 +168,15 @@ def train_in_one_process(case: Case, *, joined: bool) -> Trained:
 def clip(model: torch.nn.Module, norm: float) -> None:
     for parameter in model.parameters():
         parameter.grad.mul_(min(1.0, CLIP / norm))
+
+
+def refusals_of_a_rank(mesh: DeviceMesh) -> list[str]:
+    """What is said of a model without mixtures, and of a mesh of another purpose."""
+    other = DeviceMesh.from_group(mesh.get_group(), "cpu", mesh_dim_names=("tensor",))
+    said = []
+    for model, given in [(torch.nn.Linear(2, 2), mesh), (a_model(Case("noisy_topk", (1,))), other)]:
+        try:
+            spread_experts(model, given)
+        except ValueError as error:
+            said.append(str(error))
+    return said

@@ -3,7 +3,7 @@
 import pytest
 
 from sparsegate.parallel.placement import experts_of
-from tests.helpers.spread_models import Case, Trained, train_in_one_process, train_on_rank
+from tests.helpers.spread_models import Case, Trained, refusals_of_a_rank, train_in_one_process, train_on_rank
 from tests.helpers.tolerances import assert_close
 
 CASES = [
@@ -36,3 +36,9 @@ def test_ten_updates_on_ranks_are_those_of_one_process(case, ranks):
     joined = case.selection == "gathered" or case.gate in ("noisy_topk", "hierarchical")
     found = ranks.run(train_on_rank, len(case.rows), case)
     assert_trained_alike(case, train_in_one_process(case, joined=joined), found)
+
+
+def test_what_cannot_be_spread_is_refused(ranks):
+    no_mixture, no_name = ranks.run(refusals_of_a_rank, 1)[0]
+    assert no_mixture == "model (Linear) has no MoE layer whose experts could be spread"
+    assert no_name.startswith("mesh (dimensions tensor) must have the dimension 'expert'")

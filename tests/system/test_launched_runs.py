@@ -39,6 +39,7 @@ def test_a_run_of_which_a_rank_is_killed_ends_bit_for_bit_as_if_none_had_been(co
     assert_alike(ended(run.folder), undisturbed, tolerance=0)
 
 
+@pytest.mark.nightly
 def test_a_signal_to_all_ranks_saves_once_and_leaves(config, undisturbed, tmp_path):
     run = Launched(tmp_path / "run", config, num_ranks=2, pause_s=0.2)
     run.wait_for_step(6)

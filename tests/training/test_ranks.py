@@ -3,10 +3,19 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from sparsegate.training.loop import train
 from sparsegate.training.ranks import ranks_of_process
-from tests.helpers.rank_runs import assert_alike, differently_on_rank, ended, exact, train_on_rank
+from sparsegate.training.run_folder import saved_steps
+from tests.helpers.rank_runs import (
+    assert_alike,
+    differently_on_rank,
+    ended,
+    exact,
+    stopped_on_rank,
+    train_on_rank,
+)
 from tests.helpers.tiny_runs import TINY_DATASETS, TINY_RUNS, with_gates
 
 STEPS = 12
@@ -20,7 +29,7 @@ def configs(tmp_path_factory):
     found = {}
     for task, make in TINY_RUNS.items():
         data = TINY_DATASETS[task](tmp_path_factory.mktemp(task) / "text").directory
-        config = exact(make(data, steps=STEPS), evaluate_every=6, checkpoint_every=6)
+        config = exact(make(data, steps=STEPS), evaluate_every=STEPS, checkpoint_every=6)
         found[task] = with_gates(config, "noisy_topk")
     return found
 
@@ -77,6 +86,14 @@ def test_a_run_on_ranks_is_the_same_twice_and_goes_on_bit_for_bit(configs, ranks
     assert_alike(ended(tmp_path / "cut"), ended(tmp_path / "whole"), tolerance=0)
 
 
+def test_a_signal_to_one_rank_saves_on_all_and_leaves(configs, alone, ranks, tmp_path):
+    config = configs["language"]
+    assert ranks.run(stopped_on_rank, 3, config, str(tmp_path), 1, 5) == ["SIGTERM"] * 3
+    assert saved_steps(tmp_path)[0] == 5
+    ranks.run(train_on_rank, 3, config, str(tmp_path), True)
+    assert_alike(ended(tmp_path), alone["language"], tolerance=TOLERANCE)
+
+
 def test_fewer_experts_than_ranks_are_refused_once(configs, ranks, tmp_path):
     config = configs["language"]
     config = replace(config, model=replace(config.model, num_experts=3))
@@ -113,8 +130,6 @@ def test_what_one_rank_alone_cannot_do_is_told_with_its_number(configs, ranks, t
 
 
 def test_a_launcher_that_could_not_restart_is_refused(monkeypatch: pytest.MonkeyPatch):
-    import torch
-
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     monkeypatch.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", raising=False)
