@@ -4,9 +4,13 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for the processes that tests start
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from tests.helpers.ranks import Ranks
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
@@ -31,3 +35,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Processes that are ranks, started once for the session: each takes seconds to import torch."""
+    ranks = Ranks()
+    yield ranks
+    ranks.stop()

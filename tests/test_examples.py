@@ -37,3 +37,11 @@ def test_micro_batches_have_the_gradient_of_the_whole_batch():
     differences = [float(d) for d in re.findall(r"difference (\S+)", output_of("micro_batches.py"))]
     assert len(differences) == 4
     assert max(differences) < 1e-12
+
+
+def test_mixtures_under_fsdp2_learn_to_sort_on_two_ranks():
+    assert len((EXAMPLES / "fsdp2.py").read_text().splitlines()) < 100
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", EXAMPLES / "fsdp2.py"]
+    ran = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    *_, last = re.findall(r"accuracy ([\d.]+)", ran.stdout)
+    assert float(last) > 0.8

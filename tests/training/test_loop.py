@@ -22,6 +22,7 @@ from sparsegate.training.config import ContinuousConfig, ParallelConfig, RunConf
 from sparsegate.training.log import read_log
 from sparsegate.training.loop import TrainResult, train
 from sparsegate.training.making import make_state
+from sparsegate.training.ranks import Ranks
 from sparsegate.training.run_folder import checkpoints_of, read_best, saved_steps
 from sparsegate.training.step import NonFinite
 from sparsegate.training.tasks import open_task
@@ -413,9 +414,11 @@ def test_state_is_carried_within_an_epoch_and_begins_anew_with_the_next(
     carried: dict[int, bool] = {}
     plain = tasks.language.language_parts
 
-    def noted(model: LanguageModel, batch: Batch, state: State, run: RunConfig) -> Iterator[LanguagePart]:
+    def noted(
+        model: LanguageModel, batch: Batch, state: State, run: RunConfig, ranks: Ranks
+    ) -> Iterator[LanguagePart]:
         carried[batch.index] = bool(state)
-        return plain(model, batch, state, run)
+        return plain(model, batch, state, run, ranks)
 
     monkeypatch.setattr("sparsegate.training.tasks.language.language_parts", noted)
     train(replace(language, batches=SHORT_EPOCHS["stream"]), folder=tmp_path / "stream")

@@ -38,6 +38,7 @@ _CODES = {
     "sparsegate.training.storage.CannotSave": CANNOT_SAVE,
     "sparsegate.training.step.NonFinite": NON_FINITE,
 }
+_TOLD_ELSEWHERE = "sparsegate.training.ranks.ToldElsewhere"
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 
@@ -67,19 +68,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if "--debug" in words:
             traceback.print_exc()
-        print(f"{where}: {one_line(error)}", file=sys.stderr)
+        if _name(type(error)) != _TOLD_ELSEWHERE:
+            print(f"{where}: {one_line(error)}", file=sys.stderr)
         return code
 
 
 def exit_code(error: Exception) -> int | None:
     """The exit code for an error that a user can meet; None for a fault of ours."""
     for cls in type(error).__mro__:
-        code = _CODES.get(f"{cls.__module__}.{cls.__qualname__}")
+        code = _CODES.get(_name(cls))
         if code is not None:
             return code
     if isinstance(error, OSError) and error.errno in _DISK:
         return CANNOT_SAVE
     return INPUT if isinstance(error, ValueError | OSError) else None
+
+
+def _name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def one_line(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """`sparsegate train`: a recipe and a dataset to a trained model."""
 
+import os
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -56,8 +57,10 @@ def config(args: Namespace) -> RunConfig | None:
 
 
 def run(args: Namespace) -> int:
-    folder, console = folder_of(args), Console(stderr=True)
+    folder, console = folder_of(args), Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
     config, is_quickstart = args.config, args.name == quickstart_translation.NAME
+    if is_quickstart and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"{quickstart_translation.NAME}: is for one process; start it without torchrun")
     if is_quickstart and not config.data:
         config = replace(config, data=str(quickstart_translation.make_dataset(folder, short=args.short)))
     if not config.data:

@@ -57,6 +57,11 @@ def in_pair_order(rows_ND: Tensor, plan: Plan) -> Tensor:
     return _Permute.apply(rows_ND, plan.row_N, plan.order_N)
 
 
+def sum_rows(rows_ND: Tensor, plan: Plan) -> Tensor:
+    """Sum each token's rows: y_TD, the transpose of `dispatch`. The rows are all used: end_E[-1] = N."""
+    return _Sum.apply(rows_ND, plan.token_N, plan.row_N, plan.pairs_T, plan.pairs_per_token)
+
+
 def combine(rows_ND: Tensor, plan: Plan, weight_N: Tensor) -> Tensor:
     """Sum each token's rows, multiplied by the gate's weights, in the wider dtype of the two: y_TD.
 

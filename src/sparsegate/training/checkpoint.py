@@ -17,6 +17,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from .parts import DIGESTS, Share, is_part, read_parts
 from .storage import (
     REPLACED,
     RETIRED,
@@ -41,6 +42,7 @@ STATE = "state.json"
 
 _TENSOR_FILE = re.compile(r"[a-z][a-z0-9_]{0,63}\.safetensors")
 _DIRECTORY = re.compile(r"(?:\.replaced-)?step-([0-9]{8,18})")
+_ENDING = ".safetensors"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CURE = "restore it from a copy, or remove this checkpoint to go back to the one before"
 
@@ -79,12 +81,15 @@ def save_checkpoint(
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Json],
     keep: Collection[int],
+    write_more: Callable[[Path], Mapping[str, FileDigest]] | None = None,
 ) -> Path:
     """Write the checkpoint of `step`, then delete all others in `directory` whose step is not in `keep`.
 
     Args:
         tensors: file name without its ending -> tensor name -> tensor of any device and plain dtype.
         state: what JSON holds exactly.
+        write_more: writes files of tensors, flushed, into the folder that it is given, before anyone sees it,
+            and returns what they are by their names: other ranks write there as well (`rank_checkpoint`).
 
     Returns:
         The new checkpoint, complete and on the disk. A checkpoint of the same step is replaced.
@@ -105,6 +110,7 @@ def save_checkpoint(
         remove_leftovers(directory, UNFINISHED, RETIRED)
         with directory_atomically(target) as temporary:
             files = {name: write_file(temporary / name, file.chunks()) for name, file in encoded.items()}
+            files |= write_more(temporary) if write_more else {}
             files[STATE] = write_file(temporary / STATE, [state_bytes])
             write_file(temporary / MANIFEST, [_Manifest(step, files).to_bytes()])
     except OSError as error:
@@ -138,8 +144,11 @@ def latest_checkpoint(directory: Path, *, warn: Callable[[str], None] = warnings
     return None
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
+def load_checkpoint(path: Path, *, share: Share | None = None) -> Checkpoint:
     """Everything in a checkpoint, after each of its digests has been verified.
+
+    What ranks wrote in parts is put together as one process has it, with all experts. share: only these of
+    the experts, out of a checkpoint that ranks wrote; one of a single process is given out whole.
 
     Raises:
         ValueError: one line that names the file, what is wrong with it, and the cure.
@@ -149,11 +158,23 @@ def load_checkpoint(path: Path) -> Checkpoint:
         state = read_json(path / STATE, expected=manifest.files[STATE])
         if not isinstance(state, dict):
             raise ValueError(f"{path / STATE}: not a JSON object")
-        tensors = {
-            name.removesuffix(".safetensors"): read_file(path / name, read_tensors, expected=digest)[0]
-            for name, digest in manifest.files.items()
-            if name != STATE
+        stems = {
+            name.removesuffix(_ENDING): digest for name, digest in manifest.files.items() if name != STATE
         }
+        tensors = {
+            stem: read_file(path / (stem + _ENDING), read_tensors, expected=digest)[0]
+            for stem, digest in stems.items()
+            if not is_part(stem)
+        }
+        # What is used of these files is proved expert by expert, so that the one that is altered has a name.
+        parts = read_parts(
+            stems,
+            tensors.pop(DIGESTS, {}),
+            lambda stem: read_file(path / (stem + _ENDING), read_tensors)[0],
+            share,
+        )
+        for group, stacked in parts.items():
+            tensors[group] |= stacked
     except ValueError as error:
         raise ValueError(f"{error}; {_CURE}") from error
     return Checkpoint(manifest.step, tensors, state)

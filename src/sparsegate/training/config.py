@@ -158,6 +158,14 @@ class TrainingConfig:
         "forward pass when there are several micro-batches; or each micro-batch by itself, a stricter loss",
         "batch",
     )
+    selection: Literal["rank", "gathered"] = option(
+        "on several processes, what a gate that chooses over the batch chooses among: the tokens of each "
+        "process, or of all, as one process would",
+        "rank",
+    )
+    timeout: float = option(
+        "seconds that a process waits for the others, before all end and can be started again", 100.0
+    )
     precision: Literal["float32", "bfloat16"] = option(
         "of the products; weights and sums stay float32", "float32"
     )
@@ -179,6 +187,7 @@ class TrainingConfig:
     freeze: tuple[str, ...] = option("parameters that stay as they are, by name (* stands for anything)", ())
 
     def __post_init__(self) -> None:
+        require(self.timeout > 0, "training.timeout", self.timeout, "above 0")
         positive = (
             "steps micro_batches evaluate_every checkpoint_every keep_checkpoints log_every max_nonfinite"
         )

@@ -1,6 +1,7 @@
 """The training loop: a run from its configuration to its last checkpoint."""
 
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,20 @@ from typing import Any
 from rich.console import Console
 
 from ..optim.schedule import warmup_then_inverse_sqrt
-from .checkpoint import latest_checkpoint, load_checkpoint
+from .checkpoint import latest_checkpoint
 from .config import RunConfig
 from .lock import run_lock
-from .making import make_state, start_from
-from .reporter import Reporter
-from .run_folder import check_run_folder, checkpoints_of, saved_steps, write_best, write_run_folder
+from .making import make_state, over_ranks, resolve_device, start_from
+from .ranks import ALONE, Ranks, ranks_of_process
+from .reporter import Reporter, Silence
+from .run_folder import (
+    check_run_folder,
+    checkpoints_of,
+    saved_steps,
+    what_is_learned,
+    write_best,
+    write_run_folder,
+)
 from .signals import stop_requests
 from .state import TrainState
 from .step import Gradient, NonFinite, apply_gradient, compute_gradient, set_learning_rate
@@ -43,43 +52,65 @@ def train(
     Raises ValueError and OSError for what the user can mend, CannotSave when a checkpoint cannot be written,
     and NonFinite after `training.max_nonfinite` non-finite batches in a row.
     """
-    task = open_task(config)
-    config = task.config
-    check_run_folder(folder, config, resume=resume)
-    reporter = Reporter(
+    device = resolve_device(config.training.device)
+    with ExitStack() as stack:
+        ranks = stack.enter_context(ranks_of_process(device, timeout_s=config.training.timeout))
+        with ranks.together():
+            task = open_task(config)
+            config = task.config
+            check_run_folder(folder, config, resume=resume)
+        ranks.require_same(what_is_learned(config))
+        with ranks.together():
+            reporter = make_reporter(config, folder, console, ranks)
+            run = Run(task, folder, reporter, ranks)
+        # Whatever can be wrong with what was asked for has been found: only now is something made.
+        with ranks.together():
+            if ranks.is_first:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(run_lock(folder))
+                check_run_folder(folder, config, resume=resume)
+                write_run_folder(folder, config, task.dataset)
+        stack.enter_context(reporter)
+        stop = stack.enter_context(stop_requests())
+        run.resume_or_start()
+        asked = ranks.agree(stop())
+        while not run.finished and not asked:
+            run.step()
+            if run.evaluation_is_due():
+                run.evaluate()
+            asked = ranks.agree(stop())
+            if run.save_is_due() or asked:
+                run.save()
+        return TrainResult(
+            folder=folder,
+            config=config,
+            state=run.state,
+            evaluation=run.last_evaluation,
+            stopped_by="" if run.finished else asked,
+        )
+
+
+def make_reporter(
+    config: RunConfig, folder: Path, console: Console | None, ranks: Ranks
+) -> Reporter | Silence:
+    """The first rank reports."""
+    if not ranks.is_first:
+        return Silence()
+    return Reporter(
         folder=folder,
         total_steps=config.training.steps,
         name=config.name,
         log_every=config.training.log_every,
         console=console,
     )
-    run = Run(task, folder, reporter)
-    # Whatever can be wrong with what was asked for has been found: only now is something made.
-    folder.mkdir(parents=True, exist_ok=True)
-    with run_lock(folder):
-        check_run_folder(folder, config, resume=resume)
-        write_run_folder(folder, config, task.dataset)
-        with reporter, stop_requests() as stop:
-            run.resume_or_start()
-            while not run.finished and not stop():
-                run.step()
-                if run.evaluation_is_due():
-                    run.evaluate()
-                if run.save_is_due() or stop():
-                    run.save()
-            return TrainResult(
-                folder=folder,
-                config=config,
-                state=run.state,
-                evaluation=run.last_evaluation,
-                stopped_by="" if run.finished else stop(),
-            )
 
 
 class Run:
-    """A run in progress: the verbs of the loop. Single-process; ranks come in from outside."""
+    """A run in progress: the verbs of the loop, which all ranks do together."""
 
-    def __init__(self, task: Task[Any], folder: Path, reporter: Reporter) -> None:
+    def __init__(
+        self, task: Task[Any], folder: Path, reporter: Reporter | Silence, ranks: Ranks = ALONE
+    ) -> None:
         self.task = task
         self.config = task.config
         self.folder = folder
@@ -87,6 +118,8 @@ class Run:
         self.state = make_state(self.config)
         if self.config.training.init_from and not saved_steps(folder):
             start_from(self.state.model, Path(self.config.training.init_from), task.dataset)
+        self.ranks = ranks
+        self.state = over_ranks(self.state, self.config, ranks)
         self.saved: list[int] = []
         self.last_evaluation: Measured | None = None
 
@@ -97,12 +130,15 @@ class Run:
     def resume_or_start(self) -> None:
         """Take over the newest complete checkpoint, where there is one."""
         warnings: list[str] = []
-        newest = latest_checkpoint(checkpoints_of(self.folder), warn=warnings.append)
-        if newest is not None:
-            self.state.restore(load_checkpoint(newest))
+        newest = None
+        with self.ranks.together():
+            if self.ranks.is_first:
+                newest = latest_checkpoint(checkpoints_of(self.folder), warn=warnings.append)
+        if name := self.ranks.agree("" if newest is None else newest.name):
+            with self.ranks.together():
+                self.state.load(checkpoints_of(self.folder) / name)
         progress = self.state.progress
-        if progress.best_step:
-            write_best(self.folder, step=progress.best_step, nll=progress.best_nll)
+        self._point_at_best()
         # Later ones are damaged, or it would have gone on from them: they take no good one's place.
         self.saved = [step for step in saved_steps(self.folder) if step <= progress.step]
         # Also at step 0: the run may have died before its first checkpoint.
@@ -142,9 +178,9 @@ class Run:
         """Of one batch. NonFinite: it is not finite, and some experts have been updated already."""
         model, factored = self.state.model, self.state.factored
         set_learning_rate(self.state.optimizers, rate)  # the backward pass may update
-        parts = self.task.parts(model, batch_index, self.state.carried)
+        parts = self.task.parts(model, batch_index, self.state.carried, self.ranks)
         try:
-            gradient = compute_gradient(model, parts, self.config)
+            gradient = compute_gradient(model, parts, self.config, self.ranks)
             if not gradient.finite and factored is not None and factored.has_begun:
                 raise FloatingPointError
         except FloatingPointError:
@@ -157,7 +193,8 @@ class Run:
 
     def _update(self, gradient: Gradient, rate: float) -> None:
         progress, model = self.state.progress, self.state.model
-        if self.state.factored is not None:
+        # A rank's experts without tokens have gradients of zero, which comes to the same.
+        if self.state.factored is not None and self.ranks.mesh is None:
             self.state.factored.only(model.used_experts(gradient.sums))
         clip_norm = self.config.optim.clip_norm
         apply_gradient(model, self.state.optimizers, gradient, learning_rate=rate, clip_norm=clip_norm)
@@ -209,9 +246,11 @@ class Run:
         with self.reporter.doing("evaluating"):
             result = self.task.evaluate(self.state.model)
         metrics, progress = result.metrics(), self.state.progress
-        better = not progress.best_step or metrics["loss"] < progress.best_nll
-        if better and math.isfinite(metrics["loss"]):
-            progress.best_step, progress.best_nll = progress.step, metrics["loss"]
+        # Every rank has measured, and rounding may differ.
+        loss = self.ranks.of_first(metrics["loss"])
+        better = not progress.best_step or loss < progress.best_nll
+        if better and math.isfinite(loss):
+            progress.best_step, progress.best_nll = progress.step, loss
         self.last_evaluation = result
         self.reporter.evaluation(progress.step, metrics)
 
@@ -222,6 +261,11 @@ class Run:
         newest = newest[: self.config.training.keep_checkpoints - 1]
         with self.reporter.doing("saving"):
             self.state.save(checkpoints_of(self.folder), keep={*newest, progress.best_step})
-            if progress.best_step:
-                write_best(self.folder, step=progress.best_step, nll=progress.best_nll)
+            self._point_at_best()
         self.saved = [progress.step, *newest]
+
+    def _point_at_best(self) -> None:
+        progress = self.state.progress
+        with self.ranks.together():
+            if self.ranks.is_first and progress.best_step:
+                write_best(self.folder, step=progress.best_step, nll=progress.best_nll)

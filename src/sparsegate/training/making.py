@@ -1,6 +1,7 @@
 """A fresh state: the model with the weights that the seed gives or another run had, and its optimizers."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -11,9 +12,11 @@ from ..data import load_vocabulary
 from ..models import LayeredModel, build
 from ..optim.factored import FactoredAdam
 from ..optim.rows import RowAdam
+from ..parallel.distribute import spread_experts
 from .checkpoint import checkpoint_name, latest_checkpoint, load_checkpoint
 from .config import RunConfig
 from .noise import Draw, derived_seed
+from .ranks import Ranks
 from .run_folder import VOCABULARY, RunDataset, checkpoints_of, read_best, read_run_config
 from .state import TrainState, load_weights
 
@@ -27,6 +30,21 @@ def make_state(config: RunConfig) -> TrainState:
     if not config.training.init_from:
         require_trainable_thresholds(model)
     return with_optimizers(model, config)
+
+
+def over_ranks(state: TrainState, config: RunConfig, ranks: Ranks) -> TrainState:
+    """The fresh state with this rank's experts alone.
+
+    ValueError: fewer experts than ranks, or options that are for one process.
+    """
+    if ranks.mesh is None:
+        return state
+    for name, value in (("in-backward", config.optim.in_backward), ("tables", config.optim.tables == "rows")):
+        if value:
+            raise ValueError(f"optim.{name}: is for one process; leave it out, or start without torchrun")
+    if state.model.has_mixtures():
+        spread_experts(state.model, ranks.mesh, selection=config.training.selection)
+    return replace(with_optimizers(state.model, config), ranks=ranks)
 
 
 def with_optimizers(model: LayeredModel, config: RunConfig) -> TrainState:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -136,6 +136,36 @@ class Reporter:
             if not self._told:
                 self._told = True
                 self._display.say(f"{self._folder}: cannot write the log, training goes on: {error.strerror}")
+
+
+class Silence:
+    """A reporter that nobody listens to: of the ranks that do not report."""
+
+    def __enter__(self) -> "Silence":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def resume_at(self, step: int, *, next_batch: int | None = None) -> None:
+        pass
+
+    def step(
+        self,
+        step: int,
+        metrics: Mapping[str, float | Tensor],
+        balance: Mapping[str, BalanceSums] | None = None,
+    ) -> None:
+        pass
+
+    def evaluation(self, step: int, metrics: Mapping[str, float | Tensor]) -> None:
+        pass
+
+    def event(self, kind: str, **fields: Any) -> None:
+        pass
+
+    def doing(self, activity: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def _named(prefix: str, metrics: Mapping[str, float | Tensor]) -> dict[str, float]:

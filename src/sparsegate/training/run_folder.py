@@ -105,6 +105,11 @@ def read_best(folder: Path) -> int | None:
     return step
 
 
+def what_is_learned(config: RunConfig) -> dict[str, Json]:
+    """Every value of a configuration by its path, but where the data stands, which may differ by machine."""
+    return {path: value for path, value in _values(to_json(config)) if path != "data"}
+
+
 def _may_be_there(name: str) -> bool:
     """What a run leaves that is killed before it has a configuration."""
     return name == LOCK_NAME or name.startswith(UNFINISHED)

@@ -1,16 +1,21 @@
 """What changes while a run goes on, and its way into a checkpoint and back."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..models import LayeredModel
 from ..optim.factored import ON_CPU, FactoredAdam
-from .checkpoint import Checkpoint, save_checkpoint
+from ..parallel.distribute import names_in_one_process
+from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from .overrides import from_json
+from .parts import Share
+from .rank_checkpoint import save_on_ranks
+from .ranks import ALONE, Ranks
 
 
 @dataclass(kw_only=True)
@@ -36,7 +41,8 @@ class TrainState:
     """Model, optimizers, counters, and the recurrent state that continuous text carries on.
 
     optimizers: each parameter that is trained belongs to one of them. factored: the one of these that has the
-    experts, where it is that of appendix D.
+    experts, where it is that of appendix D. carried: of this rank's rows. ranks: that have the same state,
+    but for each its experts and its rows.
     """
 
     model: LayeredModel
@@ -44,35 +50,74 @@ class TrainState:
     factored: FactoredAdam | None = None
     progress: Progress = field(default_factory=Progress)
     carried: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    ranks: Ranks = ALONE
 
     def save(self, directory: Path, *, keep: Collection[int]) -> Path:
         """Write a checkpoint of this state, whole or not at all; see `save_checkpoint` for the errors."""
         carried = {
-            f"{name}.{part}": t
+            f"{name}.{part}": torch.cat(self.ranks.gather(t.transpose(0, 1))).transpose(0, 1)
             for name, pair in self.carried.items()
             for part, t in zip("hc", pair, strict=True)
         }
-        return save_checkpoint(
-            directory,
-            step=self.progress.step,
-            tensors={
-                "model": self.model.state_dict(),
-                "optimizer": _optimizer_tensors(self.model, self.optimizers),
-                "state": carried,
-            },
-            state=asdict(self.progress),
-            keep=keep,
+        names = names_in_one_process(self.model)
+        weights = {names[name]: value for name, value in self.model.state_dict().items()}
+        optimizer = _optimizer_tensors(self.model, self.optimizers)
+        saved: dict[str, Any] = {"step": self.progress.step, "state": asdict(self.progress), "keep": keep}
+        if self.ranks.mesh is None:
+            return save_checkpoint(
+                directory, tensors={"model": weights, "optimizer": optimizer, "state": carried}, **saved
+            )
+        experts = _expert_names(self.model)
+        own_weights, common_weights = _divide(weights, lambda name: name in experts)
+        own_state, common_state = _divide(
+            optimizer, lambda path: path.rpartition("/")[0] in experts and optimizer[path].dim() > 0
         )
+        return save_on_ranks(
+            directory,
+            tensors={"model": common_weights, "optimizer": common_state, "state": carried},
+            stacked={"model": own_weights, "optimizer": own_state},
+            ranks=self.ranks,
+            **saved,
+        )
+
+    def load(self, path: Path) -> None:
+        """Become the state of a checkpoint, bit for bit, whatever number of ranks wrote it."""
+        share = (
+            None if self.ranks.mesh is None else Share(rank=self.ranks.rank, num_ranks=self.ranks.num_ranks)
+        )
+        self.restore(load_checkpoint(path, share=share))
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Become the state that was saved, bit for bit."""
         device = self.model.softmax.weight.device
-        load_weights(self.model, checkpoint.tensors["model"], where="checkpoint")
-        _load_optimizer_tensors(self.model, self.optimizers, checkpoint.tensors["optimizer"])
+        experts = _expert_names(self.model)
+        weights = self._own_rows(checkpoint.tensors["model"], experts, of=lambda name: name)
+        load_weights(self.model, weights, where="checkpoint")
+        optimizer = self._own_rows(
+            checkpoint.tensors["optimizer"], experts, of=lambda path: path.rpartition("/")[0]
+        )
+        _load_optimizer_tensors(self.model, self.optimizers, optimizer)
+        self.carried = {}
         carried = checkpoint.tensors["state"]
-        names = dict.fromkeys(name.rpartition(".")[0] for name in carried)
-        self.carried = {n: (carried[f"{n}.h"].to(device), carried[f"{n}.c"].to(device)) for n in names}
+        for name in dict.fromkeys(name.rpartition(".")[0] for name in carried):
+            rows = self.ranks.rows(carried[f"{name}.h"].shape[1])
+            h, c = (carried[f"{name}.{part}"][:, rows.start : rows.stop].to(device) for part in "hc")
+            self.carried[name] = (h, c)
         self.progress = from_json(Progress, checkpoint.state)
+
+    def _own_rows(
+        self, tensors: dict[str, Tensor], experts: dict[str, int], *, of: Callable[[str], str]
+    ) -> dict[str, Tensor]:
+        """What one process wrote, or another layout, cut to this rank's experts."""
+        share = Share(rank=self.ranks.rank, num_ranks=self.ranks.num_ranks)
+
+        def cut(name: str, tensor: Tensor) -> Tensor:
+            if of(name) not in experts or not tensor.dim() or len(tensor) == experts[of(name)]:
+                return tensor
+            own = share.of(len(tensor))
+            return tensor[own.start : own.stop].clone()
+
+        return {name: cut(name, tensor) for name, tensor in tensors.items()}
 
 
 def load_weights(model: torch.nn.Module, tensors: dict[str, Tensor], *, where: str) -> None:
@@ -80,7 +125,8 @@ def load_weights(model: torch.nn.Module, tensors: dict[str, Tensor], *, where: s
 
     where: what the tensors came from, for the message.
     """
-    own = model.state_dict()
+    names = names_in_one_process(model)
+    own = {names[name]: value for name, value in model.state_dict().items()}
     for name in [*own, *tensors]:
         if name not in tensors or name not in own:
             raise ValueError(
@@ -92,13 +138,14 @@ def load_weights(model: torch.nn.Module, tensors: dict[str, Tensor], *, where: s
                 f"{where}: {name} has shape {list(tensors[name].shape)}, this model's has "
                 f"{list(own[name].shape)}; the vocabulary or the configuration differs"
             )
-    model.load_state_dict(tensors)
+    model.load_state_dict({name: tensors[names[name]] for name in names})
 
 
 def _optimizer_tensors(model: LayeredModel, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """The optimizers' state under the names of the parameters it belongs to: `NAME/exp_avg`."""
+    names = names_in_one_process(model)
     return {
-        f"{name}/{key}": value
+        f"{names[name]}/{key}": value
         for name, parameter in model.named_parameters()
         for optimizer in optimizers
         for key, value in optimizer.state.get(parameter, {}).items()
@@ -112,7 +159,8 @@ def _load_optimizer_tensors(
     for path, value in tensors.items():
         name, _, key = path.rpartition("/")
         by_parameter.setdefault(name, {})[key] = value
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    in_one_process = names_in_one_process(model)
+    names = {parameter: in_one_process[name] for name, parameter in model.named_parameters()}
     for optimizer in optimizers:
         stays = () if _step_on_device(optimizer) else ON_CPU
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
@@ -121,6 +169,17 @@ def _load_optimizer_tensors(
                     key: value if key in stays else value.to(parameter.device)
                     for key, value in stored.items()
                 }
+
+
+def _expert_names(model: LayeredModel) -> dict[str, int]:
+    """Names in one process of the weights of experts, and how many of them are here."""
+    names, experts = names_in_one_process(model), set(model.expert_parameters())
+    return {names[name]: len(p) for name, p in model.named_parameters() if p in experts}
+
+
+def _divide(tensors: dict[str, Tensor], is_first: Callable[[str], bool]) -> tuple[dict[str, Tensor], ...]:
+    """Those whose names are of the first kind, and the others."""
+    return tuple({n: t for n, t in tensors.items() if is_first(n) is kind} for kind in (True, False))
 
 
 def _step_on_device(optimizer: torch.optim.Optimizer) -> bool:

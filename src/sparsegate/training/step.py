@@ -12,6 +12,8 @@ from ..models import LayeredModel
 from ..moe.losses import importance_loss, load_loss, switch_loss, threshold_loss, z_loss
 from ..moe.routing import BalanceSums
 from .config import LossConfig, RunConfig
+from .gradients import gradients_of
+from .ranks import ALONE, Ranks
 from .tasks.task import Forward, Part, State, SumsByLayer
 
 
@@ -40,7 +42,9 @@ class Gradient:
         return math.isfinite(self.nll) and math.isfinite(self.balance) and math.isfinite(self.norm)
 
 
-def compute_gradient(model: LayeredModel, parts: Sequence[Part], config: RunConfig) -> Gradient:
+def compute_gradient(
+    model: LayeredModel, parts: Sequence[Part], config: RunConfig, ranks: Ranks = ALONE
+) -> Gradient:
     """Leave in `.grad` the gradient of a batch's loss: the mean loss per token plus the balance losses.
 
     Every part is scaled by the token count of the whole batch, so that the gradients of micro-batches simply
@@ -48,34 +52,42 @@ def compute_gradient(model: LayeredModel, parts: Sequence[Part], config: RunConf
     first pass without gradients finds the batch's sums, and each part then contributes the derivative of the
     loss at these sums times its own sums. Nothing but `.grad` changes, and the experts that are updated in
     the backward pass; no loss that is not finite has one.
+
+    ranks: the parts are this rank's, equally many on each, and the batch is that of all of them: what is
+    returned is of the whole batch, but for `state`. They go through the backward pass together, whatever
+    their losses are.
     """
-    num_tokens = sum(part.num_tokens for part in parts)
+    num_tokens = int(ranks.sum(sum(part.num_tokens for part in parts))[0])
+    joined = config.training.balance == "batch"
     slope = None
-    if len(parts) > 1 and config.training.balance == "batch" and model.has_mixtures():
+    if len(parts) > 1 and joined and model.has_mixtures():
         with torch.no_grad():
             total = add_sums([_forward(model, part, config).sums for part in parts])
-            slope = balance_slope(total, config.losses)
+            slope = balance_slope(ranks.total(total), config.losses)
     model.zero_grad(set_to_none=True)
     outputs, nll, part_losses, is_finite = [], 0.0, 0.0, True
     for part in parts:
         output = _forward(model, part, config)
         losses = output.losses()
-        if slope is None:
-            part_balance = balance_loss(output.sums, config.losses) / len(parts)
-        else:
+        if slope is not None:
             part_balance = linear_in_sums(output.sums, slope)
+        elif joined:
+            part_balance = balance_loss(ranks.total(output.sums), config.losses)
+        else:
+            part_balance = balance_loss(output.sums, config.losses) / (len(parts) * ranks.num_ranks)
         loss = losses.trained / num_tokens + part_balance
         is_finite = is_finite and bool(loss.isfinite())
-        if is_finite:  # or the weights that are updated in backward would be spoiled
+        if is_finite or ranks.num_ranks > 1:  # or the weights that are updated in backward would be spoiled
             loss.backward()
         nll, part_losses = nll + (losses.nll / num_tokens).item(), part_losses + part_balance.item()
         outputs.append((output.sums, output.state))
-    sums = add_sums([pytree.tree_map(torch.Tensor.detach, s) for s, _ in outputs])
-    norm = torch.nn.utils.get_total_norm(_gradients(model)) if is_finite else torch.tensor(torch.nan)
+    ranks.add_up_gradients(model)
+    sums = ranks.total(add_sums([pytree.tree_map(torch.Tensor.detach, s) for s, _ in outputs]))
+    nll, part_losses = ranks.sum(nll, part_losses)
     return Gradient(
         nll=nll,
-        balance=part_losses if slope is None else float(balance_loss(sums, config.losses)),
-        norm=norm.item(),
+        balance=float(balance_loss(sums, config.losses)) if joined else part_losses,
+        norm=ranks.gradient_norm(model) if is_finite or ranks.num_ranks > 1 else math.nan,
         num_tokens=num_tokens,
         sums=sums,
         state=_join_states([state for _, state in outputs]),
@@ -94,7 +106,7 @@ def apply_gradient(
     assert gradient.finite
     scale = clip_norm / (gradient.norm + 1e-6)
     if scale < 1:
-        for values in _gradients(model):
+        for values in gradients_of(model):
             values.mul_(scale)
     set_learning_rate(optimizers, learning_rate)
     for optimizer in optimizers:
@@ -106,18 +118,6 @@ def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], learning_rate
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-
-
-def _gradients(model: LayeredModel) -> list[Tensor]:
-    """All there are; of sparse ones the values, each row once."""
-    found = []
-    for parameter in model.parameters():
-        if parameter.grad is not None and parameter.grad.is_sparse:
-            parameter.grad = parameter.grad.coalesce()
-            found.append(parameter.grad.values())
-        elif parameter.grad is not None:
-            found.append(parameter.grad)
-    return found
 
 
 def balance_loss(sums: Mapping[str, BalanceSums], weights: LossConfig) -> Tensor:

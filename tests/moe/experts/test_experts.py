@@ -133,3 +133,22 @@ def test_multiply_adds_count_each_weight_matrix_of_one_expert_once(kind):
     experts = some_experts(kind)
     assert experts.num_experts == NUM_EXPERTS
     assert 0 < experts.ops_per_pair() <= sum(p.numel() for p in experts.parameters()) // NUM_EXPERTS
+
+
+def test_a_part_is_some_of_the_experts_with_weights_of_its_own(kind):
+    """What the whole gives for pairs of these experts alone."""
+    experts = some_experts(kind)
+    part = experts.part(1, 3)
+    assert part.num_experts == 2
+    x_TD, weight_TK = inputs()
+    expert_TK = torch.tensor([[0, 1]] * 6)
+    ours = part(x_TD, a_routing(expert_TK, weight_TK, num_experts=2))
+    assert_close(ours, experts(x_TD, a_routing(expert_TK + 1, weight_TK)))
+    for parameter in part.parameters():
+        torch.nn.init.zeros_(parameter)
+    assert all(parameter.any() for parameter in experts.parameters())
+
+
+def test_a_part_keeps_what_is_frozen(kind):
+    experts = some_experts(kind).requires_grad_(False)
+    assert not any(parameter.requires_grad for parameter in experts.part(0, 2).parameters())

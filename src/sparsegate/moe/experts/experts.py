@@ -30,6 +30,15 @@ class Experts(nn.Module, ABC):
     def ops_per_pair(self) -> int:
         """Multiply-adds per token-expert pair in the forward pass."""
 
+    def part(self, first: int, end: int) -> "Experts":
+        """Experts `first` to `end - 1` alone, with copies of their weights; on the meta device without any.
+
+        What spreads experts over ranks asks for it. ValueError: these experts cannot be taken apart.
+        """
+        raise ValueError(
+            f"experts ({type(self).__name__}) cannot be taken apart; give the class a method part(first, end)"
+        )
+
 
 class RowExperts(Experts):
     """Experts that map rows standing in expert order: dispatch, compute, combine."""

@@ -1,6 +1,7 @@
 """Any nn.Module as an expert."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,9 @@ class ModuleExperts(RowExperts):
     def ops_per_pair(self) -> int:
         """Parameters of the mean expert: one multiply-add each, which holds for stacks of linear layers."""
         return sum(p.numel() for p in self.parameters()) // self.num_experts
+
+    def part(self, first: int, end: int) -> "ModuleExperts":
+        return ModuleExperts([deepcopy(expert) for expert in self.experts[first:end]])
 
     def compute_rows(self, rows_ND: Tensor, end_E: Tensor) -> Tensor:
         ends = end_E.tolist()

@@ -71,6 +71,21 @@ class StackedExperts(Experts):
     def ops_per_pair(self) -> int:
         return self.w_in[0].numel() + self.w_out[0].numel()
 
+    def part(self, first: int, end: int) -> "StackedExperts":
+        _, hidden, width = self.w_out.shape
+        part = type(self)(
+            width=width,
+            hidden=hidden,
+            num_experts=end - first,
+            recompute=self.recompute,
+            kernel=self.kernel,
+            device="meta",
+        )
+        for name, whole in self.named_parameters():
+            rows = whole.detach()[first:end].clone()
+            part.register_parameter(name, nn.Parameter(rows, requires_grad=whole.requires_grad))
+        return part.train(self.training)
+
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         dtype = autocast_dtype(x_TD) if self.casts else product_dtype(x_TD, self.w_in, self.w_out)
         setting = Setting(

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ...data import Batch, ContinuousBatches, Dataset, SentenceBatches
@@ -12,8 +11,9 @@ from ...evaluation.perplexity import Evaluation, evaluate
 from ...models import LanguageModel
 from ..config import ContinuousConfig, RunConfig, SentencesConfig
 from ..noise import Draw, derived_seed, gate_noise
+from ..ranks import ALONE, Ranks
 from ..run_folder import for_dataset
-from .task import Forward, Losses, Part, State, Task
+from .task import Forward, Losses, Part, State, Task, micro_batches
 
 
 class LanguageTask(Task[LanguageModel]):
@@ -28,9 +28,10 @@ class LanguageTask(Task[LanguageModel]):
     def dataset(self) -> Dataset:
         return self._dataset
 
-    def parts(self, model: LanguageModel, batch_index: int, carried: State) -> list[Part]:
+    def parts(self, model: LanguageModel, batch_index: int, carried: State, ranks: Ranks) -> list[Part]:
         batch = self.batches.batch(batch_index)
-        return list(language_parts(model, batch, carried if batch.carries_state else {}, self.config))
+        state = carried if batch.carries_state else {}
+        return list(language_parts(model, batch, state, self.config, ranks))
 
     def evaluate(self, model: LanguageModel) -> Evaluation:
         return evaluate(
@@ -91,14 +92,16 @@ class LanguagePart:
 
 
 def language_parts(
-    model: LanguageModel, batch: Batch, state: State, config: RunConfig
+    model: LanguageModel, batch: Batch, state: State, config: RunConfig, ranks: Ranks = ALONE
 ) -> Iterator[LanguagePart]:
-    """The micro-batches of a batch, whose rows go on from `state` where there is one."""
+    """The micro-batches of a rank's rows, which go on from `state` where there is one."""
     device = model.softmax.weight.device
     widths = model.noise_widths()
     num_rows = batch.input_BS.shape[0]
-    for rows in torch.arange(num_rows).chunk(min(config.training.micro_batches, num_rows)):
-        first, end = int(rows[0]), int(rows[-1]) + 1
+    before = ranks.rows(num_rows).start
+    for rows in micro_batches(num_rows, config, ranks):
+        first, end = rows.start, rows.stop
+        carried = slice(first - before, end - before)
         input_BS = batch.input_BS[first:end].to(device)
         noise = gate_noise(
             widths,
@@ -112,7 +115,7 @@ def language_parts(
             input_BS=input_BS,
             target_BS=batch.target_BS[first:end].to(device),
             mask_BS=batch.mask_BS[first:end].to(device),
-            state={name: (h[:, first:end], c[:, first:end]) for name, (h, c) in state.items()},
+            state={name: (h[:, carried], c[:, carried]) for name, (h, c) in state.items()},
             noise={name: draws.to(device) for name, draws in noise.items()},
             seed=derived_seed(Draw.DROPOUT, config.seed, batch.index, first),
             num_tokens=int(batch.mask_BS[first:end].sum()),

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from ...models import LayeredModel
 from ...moe.routing import BalanceSums
+from ...parallel.placement import split
 from ..config import RunConfig
+from ..ranks import Ranks
 from ..run_folder import RunDataset
 
 State = dict[str, tuple[Tensor, Tensor]]
@@ -59,6 +61,14 @@ class Part(Protocol):
         ...
 
 
+def micro_batches(num_rows: int, config: RunConfig, ranks: Ranks) -> list[range]:
+    """The rows of each of this rank's micro-batches; some may be empty where there are fewer rows."""
+    own = ranks.rows(num_rows)
+    most_on_a_rank = -(-num_rows // ranks.num_ranks)
+    parts = split(len(own), min(config.training.micro_batches, most_on_a_rank))
+    return [range(own.start + part.start, own.start + part.stop) for part in parts]
+
+
 class Task(ABC, Generic[Model]):
     """A dataset and what is made of it: the parts of each batch, and the measure of a model.
 
@@ -73,10 +83,11 @@ class Task(ABC, Generic[Model]):
         """What is trained on."""
 
     @abstractmethod
-    def parts(self, model: Model, batch_index: int, carried: State) -> list[Part]:
-        """A batch of the training split, a pure function of the seed and its index, in micro-batches.
+    def parts(self, model: Model, batch_index: int, carried: State, ranks: Ranks) -> list[Part]:
+        """This rank's rows of a batch of the training split, in micro-batches, equally many on all ranks.
 
-        carried: recurrent state of the batch before, which goes on where the text does.
+        The batch is a pure function of the seed and its index, and the rows are one of it and the ranks.
+        carried: recurrent state of the same rows of the batch before, which goes on where the text does.
         """
 
     @abstractmethod

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ...data.parallel import TranslationBatch, TranslationBatches, TranslationDataset
@@ -14,8 +13,9 @@ from ...models.translation import TranslationModel, token_losses
 from ...models.translation.model import ENCODER
 from ..config import ParallelConfig, RunConfig
 from ..noise import Draw, derived_seed, row_noise
+from ..ranks import ALONE, Ranks
 from ..run_folder import for_dataset
-from .task import Forward, Losses, Part, State, Task
+from .task import Forward, Losses, Part, State, Task, micro_batches
 
 
 class TranslationTask(Task[TranslationModel]):
@@ -50,9 +50,9 @@ class TranslationTask(Task[TranslationModel]):
     def dataset(self) -> TranslationDataset:
         return self._dataset
 
-    def parts(self, model: TranslationModel, batch_index: int, carried: State) -> list[Part]:
+    def parts(self, model: TranslationModel, batch_index: int, carried: State, ranks: Ranks) -> list[Part]:
         # Each pair begins anew: there is no state to carry.
-        return list(translation_parts(model, self.batches.batch(batch_index), self.config))
+        return list(translation_parts(model, self.batches.batch(batch_index), self.config, ranks))
 
     def evaluate(self, model: TranslationModel) -> TranslationEvaluation:
         num_translated = self.config.training.bleu_sentences
@@ -99,7 +99,7 @@ class TranslationPart:
 
 
 def translation_parts(
-    model: TranslationModel, batch: TranslationBatch, config: RunConfig
+    model: TranslationModel, batch: TranslationBatch, config: RunConfig, ranks: Ranks = ALONE
 ) -> Iterator[TranslationPart]:
     """The micro-batches of a batch. All are as wide as the batch, so that each token keeps its noise."""
     device = model.softmax.weight.device
@@ -107,9 +107,8 @@ def translation_parts(
     shapes = {
         name: (num_steps[name.startswith(ENCODER)], width) for name, width in model.noise_widths().items()
     }
-    num_rows = batch.num_sentences
-    for rows in torch.arange(num_rows).chunk(min(config.training.micro_batches, num_rows)):
-        first, end = int(rows[0]), int(rows[-1]) + 1
+    for rows in micro_batches(batch.num_sentences, config, ranks):
+        first, end = rows.start, rows.stop
         noise = row_noise(
             shapes, seed=config.seed, batch_index=batch.index, first_row=first, num_rows=end - first
         )

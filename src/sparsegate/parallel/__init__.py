@@ -1,0 +1,1 @@
+"""Many devices: experts on ranks, balance over the global batch, gradients as of one process."""

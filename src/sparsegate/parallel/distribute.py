@@ -1,0 +1,160 @@
+"""Laying ranks over a finished model: one copy of each expert, everything else on every rank.
+
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("expert",))
+    spread_experts(model, mesh)
+    ...
+    loss.backward()  # a sum over this rank's tokens, divided by the number of all ranks' tokens
+    add_up_gradients(model, mesh)
+
+One rule of scale: a rank's loss is a sum over its own tokens, divided by the count of the global batch, plus
+the balance losses of the sums that `sum_over_ranks` gives; gradients are added up over the ranks, never
+averaged. Those of the experts then need no factor: the tokens of all ranks came to them. They are the
+gradients of one process on the joined batch.
+
+A mesh of the dimensions "data" and "expert" has several copies of the experts: one for each index of "data".
+"""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from ..moe.layer import MoE
+from .expert_parallel import ExpertParallel
+from .gathered import Gathered
+from .placement import experts_of
+
+EXPERT, DATA = "expert", "data"
+
+
+def spread_experts(
+    model: nn.Module, mesh: DeviceMesh, *, selection: Literal["rank", "gathered"] = "rank"
+) -> None:
+    """Leave each rank its share of the experts of every `MoE` in a model, in place.
+
+    model: the same on all ranks, or on the meta device. Optimizers are made afterwards. mesh: has a dimension
+    "expert", and "data" where the experts have several copies. selection: what a gate that selects over the
+    batch chooses among: the tokens of its rank, or those gathered from all ranks that share the experts.
+    ValueError: no MoE in the model, fewer experts than ranks, or another mesh.
+    """
+    _dimensions(mesh)
+    experts_mesh = mesh[EXPERT]
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    if not layers:
+        raise ValueError(f"model ({type(model).__name__}) has no MoE layer whose experts could be spread")
+    for moe in layers:
+        num_experts = moe.experts.num_experts
+        own = experts_of(
+            experts_mesh.get_local_rank(), num_experts=num_experts, num_ranks=experts_mesh.size()
+        )
+        moe.experts = ExpertParallel(
+            experts=moe.experts.part(own.start, own.stop), num_experts=num_experts, mesh=experts_mesh
+        )
+        if selection == "gathered":
+            moe.gate = Gathered(moe.gate, mesh=experts_mesh)
+
+
+def shard_the_rest(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Give all but the experts to FSDP2, which then adds up their gradients; `add_up_gradients` skips them.
+
+    To have several groups of parameters, call `fully_shard` on parts of the model before, each with
+    `ignored_params=set(expert_parameters(model))`.
+    """
+    fully_shard(model, mesh=mesh, ignored_params=set(expert_parameters(model)))
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # Gloo has no division inside its collectives, and there is none to make.
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def add_up_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Leave in `.grad` the gradients of the sum of all ranks' losses, once per step, after the last backward.
+
+    A gradient that a rank lacks counts as zero, and is there afterwards. Parameters that FSDP2 shards have
+    theirs already, and are left alone.
+    """
+    for parameter in _trained(model):
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    experts = set(expert_parameters(model))
+    spread = [p.grad for p in _trained(model) if p in experts]
+    dense = [p.grad for p in _trained(model) if p not in experts]
+    # Dimension by dimension: a sum must be complete before it goes into the next.
+    for name in _dimensions(mesh):
+        _all_reduce(dense if name == EXPERT else dense + spread, mesh.get_group(name))
+
+
+def gradient_norm(model: nn.Module, mesh: DeviceMesh) -> Tensor:
+    """The global norm of the gradients that `add_up_gradients` left, equal on all ranks."""
+    experts = set(expert_parameters(model))
+    with_gradient = [p for p in model.parameters() if p.grad is not None]
+    spread = _squared_norm([p.grad for p in with_gradient if p in experts], mesh)
+    dist.all_reduce(spread, group=mesh.get_group(EXPERT))
+    return (spread + _squared_norm([p.grad for p in with_gradient if p not in experts], mesh)).sqrt()
+
+
+def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of this rank's experts."""
+    return [parameter for experts in _spread(model) for parameter in experts.parameters()]
+
+
+def names_in_one_process(model: nn.Module) -> dict[str, str]:
+    """Each parameter's and buffer's name in this model, and its name in the model of one process."""
+    wrapped = {
+        f"{path}.{inner}.": f"{path}." for path, module in model.named_modules() for inner in _inner(module)
+    }
+
+    def in_one_process(name: str) -> str:
+        for ours, theirs in wrapped.items():
+            if name.startswith(ours):
+                return theirs + name.removeprefix(ours)
+        return name
+
+    return {name: in_one_process(name) for name in model.state_dict()}
+
+
+def _inner(module: nn.Module) -> tuple[str, ...]:
+    """The name below which a wrapper of ours holds what it wraps."""
+    if isinstance(module, ExpertParallel):
+        return ("experts",)
+    return ("gate",) if isinstance(module, Gathered) else ()
+
+
+def _spread(model: nn.Module) -> Iterator[ExpertParallel]:
+    return (module for module in model.modules() if isinstance(module, ExpertParallel))
+
+
+def _dimensions(mesh: DeviceMesh) -> tuple[str, ...]:
+    """The names of the mesh's dimensions. ValueError: it has others than it must."""
+    names = mesh.mesh_dim_names or ()
+    if EXPERT not in names or not set(names) <= {EXPERT, DATA}:
+        raise ValueError(
+            f"mesh (dimensions {', '.join(names) or 'without names'}) must have the dimension {EXPERT!r}, "
+            f"and may have {DATA!r}: init_device_mesh(..., mesh_dim_names=({DATA!r}, {EXPERT!r}))"
+        )
+    return names
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters whose gradients are this module's to add up."""
+    return [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+
+
+def _all_reduce(tensors: list[Tensor | None], group: dist.ProcessGroup) -> None:
+    under_way = [dist.all_reduce(tensor, group=group, async_op=True) for tensor in tensors]
+    for work in under_way:
+        assert work is not None
+        work.wait()
+
+
+def _squared_norm(gradients: list[Tensor | None], mesh: DeviceMesh) -> Tensor:
+    """Of whole gradients, where each rank has a shard as well."""
+    norm = nn.utils.get_total_norm([g for g in gradients if g is not None])
+    whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return whole.to(mesh.device_type).square()

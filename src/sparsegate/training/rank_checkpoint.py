@@ -1,0 +1,118 @@
+"""Checkpoints that several ranks write together, each its own experts, whole or not at all."""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .checkpoint import checkpoint_name, save_checkpoint
+from .parts import DIGESTS, Share, digests_of, part_name
+from .ranks import Ranks
+from .storage import UNFINISHED, CannotSave, FileDigest, write_file
+from .strict_json import Json
+from .tensor_file import encode_tensors
+
+Groups = Mapping[str, Mapping[str, Tensor]]
+
+
+class _Agreed(OSError):
+    """What failed somewhere, and is known to all ranks."""
+
+
+def save_on_ranks(
+    directory: Path,
+    *,
+    step: int,
+    tensors: Groups,
+    stacked: Groups,
+    state: Mapping[str, Json],
+    keep: Collection[int],
+    ranks: Ranks,
+) -> Path:
+    """As `save_checkpoint`, by all ranks together, into one directory that all see.
+
+    Args:
+        tensors: equal on all ranks; the first one writes them.
+        stacked: by file and name, tensors whose first axis is this rank's experts; the same names everywhere.
+        ranks: that write together.
+
+    Raises:
+        CannotSave, ValueError: on every rank when any of them fails; nothing has changed.
+    """
+    target = directory / checkpoint_name(step)
+    if ranks.rank:
+        _agree("", target, ranks)
+        try:
+            _write_parts(target.with_name(UNFINISHED + target.name), stacked, ranks)
+        except _Agreed as error:
+            raise CannotSave(target, needed=0, cause=error) from error
+        _agree("", target, ranks)
+        return target
+
+    def write_more(temporary: Path) -> dict[str, FileDigest]:
+        _agree("", target, ranks)
+        files, digests = _write_parts(temporary, stacked, ranks)
+        encoded = encode_tensors(digests, name=DIGESTS)
+        return {**files, f"{DIGESTS}.safetensors": write_file(_file(temporary, DIGESTS), encoded.chunks())}
+
+    try:
+        save_checkpoint(directory, step=step, tensors=tensors, state=state, keep=keep, write_more=write_more)
+    except (OSError, ValueError) as error:
+        if not isinstance(error.__cause__, _Agreed):
+            _first_problem(str(error), ranks)
+        raise
+    _agree("", target, ranks)
+    return target
+
+
+def _write_parts(
+    folder: Path, stacked: Groups, ranks: Ranks
+) -> tuple[dict[str, FileDigest], dict[str, Tensor]]:
+    """This rank's parts; what all ranks wrote, and the digests of all experts."""
+    share = Share(rank=ranks.rank, num_ranks=ranks.num_ranks)
+    own: dict[str, Json] = {}
+    problem = ""
+    try:
+        for group, part in stacked.items():
+            name = part_name(group, share)
+            digest = write_file(_file(folder, name), encode_tensors(part, name=name).chunks())
+            own[f"{name}.safetensors"] = {"size": digest.size, "sha256": digest.sha256}
+    except (OSError, ValueError) as error:
+        problem = f"rank {share.rank}: {error}"
+    files: dict[str, FileDigest] = {}
+    for answer in ranks.tell_all({"problem": problem, "files": own}):
+        match answer:
+            case {"problem": "", "files": dict(written)}:
+                files |= {name: _parse_digest(entry) for name, entry in written.items()}
+            case {"problem": str(problem)}:
+                raise _Agreed(problem)
+    digests = {
+        f"{group}/{name}": torch.cat(ranks.gather(digests_of(tensor)))
+        for group, part in stacked.items()
+        for name, tensor in part.items()
+    }
+    return files, digests
+
+
+def _parse_digest(entry: Json) -> FileDigest:
+    match entry:
+        case {"size": int(size), "sha256": str(sha256)}:
+            return FileDigest(size, sha256)
+    raise AssertionError(entry)
+
+
+def _agree(problem: str, target: Path, ranks: Ranks) -> None:
+    """Go on together, or fail together."""
+    if problem := _first_problem(problem, ranks):
+        cause = _Agreed(problem)
+        raise CannotSave(target, needed=0, cause=cause) from cause
+
+
+def _first_problem(problem: str, ranks: Ranks) -> str:
+    """Of any rank; "" for none."""
+    return next((str(p) for p in ranks.tell_all(problem) if p), "")
+
+
+def _file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.safetensors"

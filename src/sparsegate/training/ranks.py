@@ -1,0 +1,179 @@
+"""The processes of a run: what they tell each other, and how they fail together."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from ..parallel.distribute import add_up_gradients, gradient_norm
+from ..parallel.placement import split
+from ..parallel.sums import sum_over_ranks
+from .gradients import gradients_of
+from .strict_json import Json, parse_json, to_json_bytes
+
+Sums = TypeVar("Sums")
+
+
+class ToldElsewhere(ValueError):
+    """What failed on another rank, or is told there: this one has nothing to add."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process among those of a run. mesh: of one dimension, "expert"; None: it is alone.
+
+    Every method is called by all ranks together.
+    """
+
+    rank: int
+    num_ranks: int
+    mesh: DeviceMesh | None
+
+    @staticmethod
+    def of_mesh(mesh: DeviceMesh) -> "Ranks":
+        return Ranks(rank=mesh.get_local_rank(), num_ranks=mesh.size(), mesh=mesh)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that writes and reports."""
+        return self.rank == 0
+
+    def rows(self, num_rows: int) -> range:
+        """This rank's rows of a batch: consecutive, as even as they can be, perhaps none."""
+        return split(num_rows, self.num_ranks)[self.rank]
+
+    def total(self, sums: Sums) -> Sums:
+        """Added up over the ranks; its gradient is the rank's own, as `sum_over_ranks` tells."""
+        return sums if self.mesh is None else sum_over_ranks(sums, self.mesh.get_group())
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value added up over the ranks, in float64."""
+        if self.mesh is None:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.mesh.device_type)
+        dist.all_reduce(total, group=self.mesh.get_group())
+        return total.tolist()
+
+    def of_first(self, value: float) -> float:
+        """The first rank's number."""
+        return self.sum(value if self.is_first else 0.0)[0]
+
+    def add_up_gradients(self, model: nn.Module) -> None:
+        """Leave in `.grad` the gradients of the sum of the ranks' losses."""
+        if self.mesh is not None:
+            add_up_gradients(model, self.mesh)
+
+    def gradient_norm(self, model: nn.Module) -> float:
+        """The global norm of these."""
+        if self.mesh is not None:
+            return gradient_norm(model, self.mesh).item()
+        return nn.utils.get_total_norm(gradients_of(model)).item()
+
+    def tell_all(self, value: Json) -> list[Json]:
+        """Each rank's value, in the order of the ranks."""
+        if self.mesh is None:
+            return [value]
+        data = torch.frombuffer(bytearray(to_json_bytes(value, name="value")), dtype=torch.uint8)
+        return [parse_json(text.numpy().tobytes()) for text in self.gather(data)]
+
+    def gather(self, rows: Tensor) -> list[Tensor]:
+        """Each rank's rows, in the order of the ranks, on the CPU. Their number alone may differ."""
+        if self.mesh is None:
+            return [rows.cpu()]
+        group, device = self.mesh.get_group(), self.mesh.device_type
+        sizes_W1 = torch.zeros(self.num_ranks, 1, dtype=torch.int64, device=device)
+        dist.all_gather(list(sizes_W1), torch.tensor([len(rows)], device=device), group=group)
+        sizes = sizes_W1.flatten().tolist()
+        padded = torch.zeros(max(sizes), *rows.shape[1:], dtype=rows.dtype, device=device)
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=group)
+        return [part[:size].cpu() for part, size in zip(parts, sizes, strict=True)]
+
+    def agree(self, word: str) -> str:
+        """The word of the first rank that has one; "" for none."""
+        if self.mesh is None or not self.sum(float(bool(word)))[0]:
+            return word
+        return next(str(each) for each in self.tell_all(word) if each)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What fails on one rank within the block fails on all after it: the first rank tells of it.
+
+        In the block no rank waits for another. ValueError and OSError alone; another kind ends its process,
+        and the launcher the others.
+        """
+        problem: ValueError | OSError | None = None
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            problem = error
+        if self.mesh is None:
+            if problem is not None:
+                raise problem
+            return
+        said = self.tell_all("" if problem is None else str(problem) or type(problem).__name__)
+        failed = {rank: str(words) for rank, words in enumerate(said) if words}
+        if failed and not self.is_first:
+            raise ToldElsewhere(said[self.rank] or "told by rank 0")
+        if problem is not None:
+            raise problem
+        for rank, words in failed.items():
+            raise ValueError(f"rank {rank}: {words}")
+
+    def require_same(self, values: dict[str, Json]) -> None:
+        """Refuse what must be the same everywhere and is not, by its name and the ranks."""
+        given = self.tell_all(values)
+        with self.together():
+            for rank, others in enumerate(given):
+                assert isinstance(others, dict)
+                for name in values | others:
+                    if self.is_first and others.get(name) != values.get(name):
+                        raise ValueError(
+                            f"{name} ({others.get(name)} on rank {rank}, {values.get(name)} on rank 0) must "
+                            "be the same on all ranks; give them the same command and the same files"
+                        )
+
+
+ALONE = Ranks(rank=0, num_ranks=1, mesh=None)
+
+
+@contextmanager
+def ranks_of_process(device: torch.device, *, timeout_s: float) -> Iterator[Ranks]:
+    """This process's place among those that `torchrun` started; alone where it started none.
+
+    timeout_s: how long a rank waits for the others before the run ends.
+
+    ValueError: an environment in which the launcher could not do what it is asked to.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE
+        return
+    _require_restartable(os.environ)
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    try:
+        yield Ranks.of_mesh(
+            init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("expert",))
+        )
+    finally:
+        dist.destroy_process_group()
+
+
+def _require_restartable(environment: Mapping[str, str]) -> None:
+    """torchrun that restarts needs another rendezvous for each attempt, or the second one never meets."""
+    name = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+    if int(environment.get("TORCHELASTIC_MAX_RESTARTS", "0")) and environment.get(name) != "1":
+        raise ValueError(
+            f"{name} ({environment.get(name, 'not set')}) must be 1 with torchrun --max-restarts, or the "
+            f"ranks cannot meet again: {name}=1 torchrun ..."
+        )

@@ -1,0 +1,116 @@
+"""A checkpoint that ranks write loads at any number of ranks, expert by expert, or names what is wrong."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sparsegate.training.checkpoint import latest_checkpoint, load_checkpoint
+from sparsegate.training.parts import Share
+from tests.helpers.checkpoints import unfinished
+from tests.helpers.rank_savers import assert_loads, failing_save_of_a_rank, save_of_a_rank
+
+
+@pytest.fixture(params=[1, 3, 4])
+def saved(request, ranks, tmp_path) -> Path:
+    return Path(ranks.run(save_of_a_rank, request.param, str(tmp_path), 7)[0])
+
+
+@pytest.fixture
+def saved_at_4(ranks, tmp_path) -> Path:
+    return Path(ranks.run(save_of_a_rank, 4, str(tmp_path), 7)[0])
+
+
+def test_it_loads_bit_for_bit_at_any_number_of_ranks(saved):
+    assert_loads(saved, None)
+    for num_ranks in (1, 2, 3, 4, 8):
+        for rank in range(num_ranks):
+            assert_loads(saved, Share(rank=rank, num_ranks=num_ranks))
+    assert latest_checkpoint(saved.parent) == saved
+
+
+def test_every_rank_wrote_its_own_experts(saved_at_4):
+    names = sorted(path.name for path in saved_at_4.glob("model_part*"))
+    assert names == [f"model_part_{rank}_of_4.safetensors" for rank in range(4)]
+    assert [len(load_file(saved_at_4 / name)["moe.experts.w_in"]) for name in names] == [3, 2, 2, 2]
+
+
+@pytest.mark.parametrize("wanted", [None, Share(rank=1, num_ranks=3)])
+def test_an_altered_expert_is_refused_by_its_name(wanted, saved_at_4):
+    """Also where the manifest was altered with it."""
+    file = saved_at_4 / "model_part_1_of_4.safetensors"
+    tensors = load_file(file)
+    tensors["moe.experts.w_in"][1, 0, 0] += 1
+    rewrite(file, tensors)
+    with pytest.raises(ValueError, match=r"expert 4 of moe\.experts\.w_in is not the one that was saved"):
+        load_checkpoint(saved_at_4, share=wanted)
+
+
+def test_an_expert_of_another_dtype_with_the_same_bytes_is_refused(saved_at_4):
+    file = saved_at_4 / "model_part_0_of_4.safetensors"
+    tensors = load_file(file)
+    tensors["moe.experts.w_in"] = tensors["moe.experts.w_in"].view(torch.int32)
+    rewrite(file, tensors)
+    with pytest.raises(ValueError, match=r"expert 0 of moe\.experts\.w_in is not the one"):
+        load_checkpoint(saved_at_4)
+
+
+def test_a_missing_expert_is_refused_by_its_name(saved_at_4):
+    file = saved_at_4 / "model_part_2_of_4.safetensors"
+    tensors = load_file(file)
+    tensors["two.w_in"] = tensors["two.w_in"][:1].clone()
+    rewrite(file, tensors)
+    with pytest.raises(ValueError, match=r"model_part_2_of_4: experts 4 to 5 of two\.w_in are missing"):
+        load_checkpoint(saved_at_4)
+
+
+@pytest.mark.parametrize("in_manifest", [True, False])
+def test_a_missing_part_is_refused_by_its_experts(in_manifest, saved_at_4):
+    (saved_at_4 / "model_part_3_of_4.safetensors").unlink()
+    if not in_manifest:
+        rewrite_manifest(saved_at_4)
+    message = r"missing; it has experts 7 to 8 of moe\.experts\.w_in" if in_manifest else "are not complete"
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(saved_at_4)
+
+
+def test_a_part_that_is_not_wanted_is_not_read(saved_at_4):
+    (saved_at_4 / "model_part_3_of_4.safetensors").write_bytes(b"")
+    assert_loads(saved_at_4, Share(rank=0, num_ranks=4))
+    with pytest.raises(ValueError, match="model_part_3_of_4"):
+        load_checkpoint(saved_at_4, share=Share(rank=1, num_ranks=2))
+
+
+@pytest.mark.parametrize(
+    ("who", "file"), [(2, "model_part_2"), (0, "optimizer_part_0"), (0, "digests")], ids=str
+)
+def test_when_one_rank_cannot_write_none_has_saved(who, file, ranks, tmp_path):
+    before = Path(ranks.run(save_of_a_rank, 3, str(tmp_path), 7)[0])
+    said = ranks.run(failing_save_of_a_rank, 3, str(tmp_path), 8, who, file)
+    assert all("CannotSave" in words and "No space left" in words for words in said), said
+    assert latest_checkpoint(tmp_path) == before
+    assert unfinished(tmp_path) == []
+    ranks.run(save_of_a_rank, 3, str(tmp_path), 8)
+    assert_loads(tmp_path / "step-00000008", None)
+
+
+def rewrite(file: Path, tensors: dict) -> None:
+    """Another content, and a manifest that says so."""
+    save_file(tensors, file)
+    rewrite_manifest(file.parent)
+
+
+def rewrite_manifest(folder: Path) -> None:
+    manifest = json.loads((folder / "MANIFEST.json").read_text())
+    del manifest["sha256"]
+    for name in list(manifest["files"]):
+        if not (folder / name).exists():
+            del manifest["files"][name]
+            continue
+        data = (folder / name).read_bytes()
+        manifest["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest["sha256"] = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+    (folder / "MANIFEST.json").write_text(json.dumps(manifest, indent=2) + "\n")

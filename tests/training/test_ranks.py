@@ -1,0 +1,140 @@
+"""The training loop on ranks: the run of one process, whatever their number, and across a change of it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sparsegate.training.loop import train
+from sparsegate.training.ranks import ranks_of_process
+from sparsegate.training.run_folder import saved_steps
+from tests.helpers.rank_runs import (
+    assert_alike,
+    differently_on_rank,
+    ended,
+    exact,
+    stopped_on_rank,
+    train_on_rank,
+)
+from tests.helpers.tiny_runs import TINY_DATASETS, TINY_RUNS, with_gates
+
+STEPS = 12
+# Rounding of float32 that Adam has made larger: an update has the same size however small a gradient is.
+TOLERANCE = 2e-4
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory):
+    """A run of each task, without dropout, of six experts."""
+    found = {}
+    for task, make in TINY_RUNS.items():
+        data = TINY_DATASETS[task](tmp_path_factory.mktemp(task) / "text").directory
+        config = exact(make(data, steps=STEPS), evaluate_every=STEPS, checkpoint_every=6)
+        found[task] = with_gates(config, "noisy_topk")
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(configs, tmp_path_factory):
+    """The same runs in one process."""
+    folders = {task: tmp_path_factory.mktemp("alone") / task for task in configs}
+    for task, config in configs.items():
+        train(config, folder=folders[task])
+    return {task: ended(folder) for task, folder in folders.items()}
+
+
+@pytest.mark.parametrize(
+    ("task", "num_ranks"), [("language", 2), ("language", 3), ("language", 4), ("translation", 3)]
+)
+def test_a_run_on_ranks_is_the_run_of_one_process(task, num_ranks, configs, alone, ranks, tmp_path):
+    assert ranks.run(train_on_rank, num_ranks, configs[task], str(tmp_path)) == [""] * num_ranks
+    assert_alike(ended(tmp_path), alone[task], tolerance=TOLERANCE)
+
+
+def test_micro_batches_on_ranks_change_nothing(configs, alone, ranks, tmp_path):
+    config = exact(configs["language"], micro_batches=2)
+    ranks.run(train_on_rank, 2, config, str(tmp_path))
+    assert_alike(ended(tmp_path), alone["language"], tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize("gate", ["balanced", "hierarchical"])
+def test_other_gates_train_on_ranks_as_alone(gate, configs, ranks, tmp_path):
+    config = with_gates(exact(configs["language"], selection="gathered"), gate)
+    train(config, folder=tmp_path / "alone")
+    assert ranks.run(train_on_rank, 3, config, str(tmp_path / "ranks")) == [""] * 3
+    assert_alike(ended(tmp_path / "ranks"), ended(tmp_path / "alone"), tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 1), (1, 3), (2, 3)])
+def test_a_run_goes_on_with_another_number_of_ranks(before, after, configs, alone, ranks, tmp_path):
+    config = configs["language"]
+    ranks.run(train_on_rank, before, exact(config, steps=STEPS // 2), str(tmp_path))
+    if after == 1:
+        train(config, folder=tmp_path, resume=True)
+    else:
+        ranks.run(train_on_rank, after, config, str(tmp_path), True)
+    assert_alike(ended(tmp_path), alone["language"], tolerance=TOLERANCE)
+
+
+def test_a_run_on_ranks_is_the_same_twice_and_goes_on_bit_for_bit(configs, ranks, tmp_path):
+    config = replace(configs["language"], model=replace(configs["language"].model, dropout=0.3))
+    ranks.run(train_on_rank, 3, config, str(tmp_path / "whole"))
+    ranks.run(
+        train_on_rank, 3, replace(config, training=replace(config.training, steps=6)), str(tmp_path / "cut")
+    )
+    ranks.run(train_on_rank, 3, config, str(tmp_path / "cut"), True)
+    assert_alike(ended(tmp_path / "cut"), ended(tmp_path / "whole"), tolerance=0)
+
+
+def test_a_signal_to_one_rank_saves_on_all_and_leaves(configs, alone, ranks, tmp_path):
+    config = configs["language"]
+    assert ranks.run(stopped_on_rank, 3, config, str(tmp_path), 1, 5) == ["SIGTERM"] * 3
+    assert saved_steps(tmp_path)[0] == 5
+    ranks.run(train_on_rank, 3, config, str(tmp_path), True)
+    assert_alike(ended(tmp_path), alone["language"], tolerance=TOLERANCE)
+
+
+def test_fewer_experts_than_ranks_are_refused_once(configs, ranks, tmp_path):
+    config = configs["language"]
+    config = replace(config, model=replace(config.model, num_experts=3))
+    first, *others = ranks.run(train_on_rank, 4, config, str(tmp_path / "run"))
+    assert "ranks that share the experts (4) must not exceed num_experts (3)" in first
+    assert others == ["told elsewhere"] * 3
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_with_different_configurations_are_told_apart(configs, ranks, tmp_path):
+    config = configs["language"]
+    other = replace(config, optim=replace(config.optim, learning_rate=0.5))
+    first, *others = ranks.run(differently_on_rank, 3, [config, config, other], str(tmp_path / "run"))
+    assert first.startswith("optim.learning_rate (0.5 on rank 2, 0.01 on rank 0) must be the same")
+    assert others == ["told elsewhere"] * 2
+
+
+def test_ranks_with_different_data_are_told_apart(configs, ranks, tmp_path):
+    config = configs["language"]
+    data = TINY_DATASETS["language"](tmp_path / "text", lines=["other text here"] * 90).directory
+    other = replace(config, data=str(data))
+    first, *_ = ranks.run(differently_on_rank, 2, [config, other], str(tmp_path / "run"))
+    assert first.startswith("data_fingerprint (")
+    assert "on rank 1" in first
+
+
+def test_what_one_rank_alone_cannot_do_is_told_with_its_number(configs, ranks, tmp_path):
+    config = configs["language"]
+    other = replace(config, data=str(tmp_path / "nowhere"))
+    first, second = ranks.run(differently_on_rank, 2, [config, other], str(tmp_path / "run"))
+    assert first.startswith("rank 1: ")
+    assert "nowhere" in first
+    assert second == "told elsewhere"
+
+
+def test_a_launcher_that_could_not_restart_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", raising=False)
+    with (
+        pytest.raises(ValueError, match=r"TORCH_DISABLE_SHARE_RDZV_TCP_STORE \(not set\) must be 1"),
+        ranks_of_process(torch.device("cpu"), timeout_s=5),
+    ):
+        pass
