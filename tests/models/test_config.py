@@ -93,11 +93,16 @@ def test_a_config_that_cannot_be_built_is_refused_in_one_line(kind, change, mess
         (ExpertChoiceGate, {"scope": -2}, r"model.gate.scope \(-2\) must be at least 1 token, or none"),
         (SoftmaxTopKGate, {"jitter": 1.0}, r"model.gate.jitter \(1.0\) must be at least 0 and below 1"),
         (SigmoidTopKGate, {"bias_rate": -0.1}, r"model.gate.bias-rate \(-0.1\) must be at least 0"),
+        (
+            HierarchicalGate,
+            {"scope": 4},
+            r"model.gate.scope \(4\) is of balanced levels; set model.gate.primary .*",
+        ),
     ],
 )
 def test_a_gate_that_cannot_be_built_is_refused_in_one_line(gate, wrong, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
-        gate(**wrong)
+        replace(CONFIGS["mixture"], gate=gate(**wrong))
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -31,8 +31,9 @@ class MixtureBlock:
         default="last", metadata={"doc": "which pairs a capacity drops: of the last tokens, or light ones"}
     )
 
-    def __post_init__(self) -> None:
-        require_mixture(self, where="")
+    def require(self, *, where: str) -> None:
+        """Refuse what cannot be built. where: what stands before its fields' names."""
+        require_mixture(self, where=where)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +43,10 @@ class DenseBlock:
     kind: Literal["dense"] = "dense"
     hidden: int = field(metadata={"doc": "width of the hidden ReLU layer"})
 
-    def __post_init__(self) -> None:
+    def require(self, *, where: str) -> None:
+        """As of a mixture."""
         if self.hidden < 1:
-            raise ValueError(f"hidden ({self.hidden}) must be at least 1")
+            raise ValueError(f"{where}hidden ({self.hidden}) must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,9 @@ class NoBlock:
     """Nothing before the last LSTM."""
 
     kind: Literal["none"] = "none"
+
+    def require(self, *, where: str) -> None:
+        """Nothing can be wrong with it."""
 
 
 BlockConfig = MixtureBlock | DenseBlock | NoBlock
@@ -102,3 +107,5 @@ class Translation(Common):
             )
         if self.attention_width < 1:
             raise ValueError(f"model.attention-width ({self.attention_width}) must be at least 1")
+        self.encoder_block.require(where="model.encoder-block.")
+        self.decoder_block.require(where="model.decoder-block.")
