@@ -74,6 +74,26 @@ from tests.helpers.model_cases import CONFIGS
             {"gate": HierarchicalGate(num_groups=5, k_primary=1)},
             r"model.k \(2\) must be at most model.gate.k-primary \(1\) times the experts of a group \(1\)",
         ),
+        (
+            "mixture",
+            {"gate": HierarchicalGate(num_groups=5, k_primary=2, primary="balanced", most_groups=6)},
+            r"model.gate.most-groups \(6\) must be between 1 and model.gate.num-groups \(5\), or none",
+        ),
+        (
+            "mixture",
+            {"gate": HierarchicalGate(num_groups=1, k_primary=1, secondary="balanced", most_per_group=0)},
+            r"model.gate.most-per-group \(0\) must be between 1 and the experts of a group \(5\), or none",
+        ),
+        (
+            "mixture",
+            {"gate": HierarchicalGate(num_groups=1, k_primary=1, primary="balanced", most_per_group=2)},
+            r"model.gate.most-per-group \(2\) is of a balanced level; set model.gate.secondary to .*",
+        ),
+        (
+            "mixture",
+            {"gate": HierarchicalGate(num_groups=1, k_primary=1, secondary="balanced", most_groups=1)},
+            r"model.gate.most-groups \(1\) is of a balanced level; set model.gate.primary to balanced, or .*",
+        ),
         ("feed_forward", {"hidden": ()}, r"model.hidden \(\(\)\) must name at least one layer .*"),
         ("feed_forward", {"hidden": (4, 0)}, r"model.hidden \(\(4, 0\)\) must name at least one layer .*"),
     ],

@@ -42,6 +42,19 @@ class HierarchicalGate:
         default=None,
         metadata={"doc": "of balanced levels: tokens that compete in training; none: a whole batch"},
     )
+    most_groups: int | None = field(
+        default=None,
+        metadata={
+            "doc": "of a balanced primary gate: groups of a token in evaluation at most; none: no bound"
+        },
+    )
+    most_per_group: int | None = field(
+        default=None,
+        metadata={
+            "doc": "of balanced secondary gates: experts of a token in each of its groups in evaluation at "
+            "most; none: no bound"
+        },
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,12 +140,12 @@ def require_gate(config: GateConfig, *, num_experts: int, k: int, where: str) ->
             _require_hierarchy(config, num_experts=num_experts, k=k, where=where)
         case BalancedGate():
             _require_scope(config.scope, where)
-            most = config.most_per_token
-            if most is not None and not 1 <= most <= num_experts:
-                raise ValueError(
-                    f"{where}gate.most-per-token ({most}) must be between 1 and {where}num-experts "
-                    f"({num_experts}), or none"
-                )
+            _require_most(
+                config.most_per_token,
+                num_experts,
+                name=f"{where}gate.most-per-token",
+                choices=f"{where}num-experts",
+            )
         case ExpertChoiceGate():
             _require_scope(config.scope, where)
         case SoftmaxGate():
@@ -171,6 +184,27 @@ def _require_hierarchy(config: HierarchicalGate, *, num_experts: int, k: int, wh
             f"{where}k ({k}) must be at most {where}gate.k-primary ({config.k_primary}) times the experts "
             f"of a group ({num_experts // config.num_groups})"
         )
+    _require_most_of_levels(config, group_size=num_experts // config.num_groups, where=f"{where}gate.")
+
+
+def _require_most_of_levels(config: HierarchicalGate, *, group_size: int, where: str) -> None:
+    """A level that is not balanced has a fixed number of choices, and no bound."""
+    num_groups, in_group = (config.num_groups, f"{where}num-groups"), (group_size, "the experts of a group")
+    for name, most, level, kind, (num_choices, choices) in (
+        ("most-groups", config.most_groups, "primary", config.primary, num_groups),
+        ("most-per-group", config.most_per_group, "secondary", config.secondary, in_group),
+    ):
+        if most is not None and kind != "balanced":
+            raise ValueError(
+                f"{where}{name} ({most}) is of a balanced level; set {where}{level} to balanced, or leave it "
+                "at none"
+            )
+        _require_most(most, num_choices, name=f"{where}{name}", choices=choices)
+
+
+def _require_most(most: int | None, num_choices: int, *, name: str, choices: str) -> None:
+    if most is not None and not 1 <= most <= num_choices:
+        raise ValueError(f"{name} ({most}) must be between 1 and {choices} ({num_choices}), or none")
 
 
 def _require_epsilon(noise_epsilon: float, where: str) -> None:
@@ -217,7 +251,12 @@ def _hierarchy(
     secondary: GroupGates
     if config.primary == "balanced":
         primary = Balanced(
-            width=width, num_experts=config.num_groups, k=config.k_primary, scope=config.scope, **options
+            width=width,
+            num_experts=config.num_groups,
+            k=config.k_primary,
+            scope=config.scope,
+            most_per_token=config.most_groups,
+            **options,
         )
     else:
         primary = NoisyTopK(
@@ -228,7 +267,7 @@ def _hierarchy(
             **options,
         )
     if config.secondary == "balanced":
-        secondary = BalancedGroups(scope=config.scope, **groups)
+        secondary = BalancedGroups(scope=config.scope, most_per_token=config.most_per_group, **groups)
     else:
         secondary = NoisyTopKGroups(noise_epsilon=config.noise_epsilon, **groups)
     return Hierarchical(primary=primary, secondary=secondary)
