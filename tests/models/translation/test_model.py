@@ -274,6 +274,17 @@ def test_a_source_without_a_column_is_refused():
         model.encode(torch.zeros(2, 0, dtype=torch.int64), torch.zeros(2, 0, dtype=torch.bool))
 
 
+@pytest.mark.parametrize("num_targets", [1, 3, 4])
+def test_sources_and_targets_that_do_not_pair_up_are_refused(num_targets):
+    """Twice as many targets, too, which are what a beam of two would have."""
+    model, sources = a_translator(CONFIGS["mixtures"]), some_pairs((4, 4), (4, 4))
+    targets = some_pairs((4,) * num_targets, (4,) * num_targets)
+    mixed = replace(sources, target_BS=targets.target_BS, target_mask_BS=targets.target_mask_BS)
+    message = rf"^source_BS \(2 rows\) and target_BS \({num_targets}\) must pair up$"
+    with pytest.raises(ValueError, match=message):
+        model(**mixed.inputs())
+
+
 @of_every_kind
 def test_bfloat16_and_autocast_come_close_to_float32(kind):
     model, pairs = build_translation(CONFIGS[kind]).eval(), some_pairs()

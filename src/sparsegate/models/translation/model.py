@@ -87,7 +87,14 @@ class TranslationModel(LayeredModel):
         begins with the beginning-of-sentence id. Masks: bool, true for real tokens, which come first in each
         row; what stands in the padding has no influence. noise: standard normal, [B, steps, noise_width] by
         layer name; the gates draw their own where it is None.
+
+        Raises:
+            ValueError: there are not as many sources as targets, or noise has a name that no gate takes.
         """
+        if len(source_BS) != len(target_BS):
+            raise ValueError(
+                f"source_BS ({len(source_BS)} rows) and target_BS ({len(target_BS)}) must pair up"
+            )
         memory, routings = self.encode(source_BS, source_mask_BS, noise=noise)
         out = self.decode(target_BS, memory, mask_BS=target_mask_BS, noise=noise)
         return TranslationOutput(
