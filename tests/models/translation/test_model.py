@@ -257,6 +257,20 @@ def test_noise_is_the_gates_by_the_names_of_their_layers():
         assert not torch.equal(given, model(**pairs.inputs(), noise=other).hidden_BSD)
 
 
+def test_noise_under_a_name_that_no_layer_has_is_refused():
+    model, pairs = a_translator(CONFIGS["mixtures"]), some_pairs()
+    noise = noise_for(model, pairs)
+    message = r"^noise: no layer (moe|encoder.lstm1) takes any; those that do are encoder.moe, decoder.moe$"
+    for name in ("moe", "encoder.lstm1"):
+        with pytest.raises(ValueError, match=message):
+            model(**pairs.inputs(), noise={**noise, name: noise["encoder.moe"]})
+        with pytest.raises(ValueError, match=message):
+            model.encode(pairs.source_BS, pairs.source_mask_BS, noise={name: noise["encoder.moe"]})
+        memory, _ = model.encode(pairs.source_BS, pairs.source_mask_BS)
+        with pytest.raises(ValueError, match=message):
+            model.decode(pairs.target_BS, memory, noise={name: noise["decoder.moe"]})
+
+
 def test_a_step_reaches_the_gates():
     model, pairs = a_translator(CONFIGS["mixtures"]), some_pairs()
     told = []
