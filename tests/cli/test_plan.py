@@ -33,12 +33,14 @@ def test_json_is_one_object_that_begins_with_the_counts(capsys: Capture):
 
 def test_options_of_training_change_what_it_takes(capsys: Capture):
     plain = planned(capsys, "moe-4096-h")["memory"]
-    saving = ["--expert-weights", "bfloat16", "--in-backward", "--sparse-rows", "--recompute"]
-    small = planned(
-        capsys, "moe-4096-h", *saving, "--optim.experts", "factored", "--training.micro-batches", "8"
-    )
-    for name in ("experts", "gradients", "optimizer", "activations", "peak"):
+    saving = ["--model.expert-dtype", "bfloat16", "--model.recompute", "true", "--optim.experts", "factored"]
+    saving += ["--optim.in-backward", "true", "--optim.tables", "rows", "--model.softmax-samples", "8192"]
+    small = planned(capsys, "moe-4096-h", *saving)
+    for name in ("experts", "gradients", "optimizer", "peak"):
         assert small["memory"][name] < 0.6 * plain[name]
+    assert small["memory"]["activations"] < plain["activations"]
+    parts = planned(capsys, "moe-4096-h", "--training.micro-batches", "8")["memory"]
+    assert parts["activations"] == pytest.approx(plain["activations"] / 8, rel=0.01)
 
 
 def test_a_model_is_laid_over_devices_whose_constants_are_printed(capsys: Capture):
@@ -106,7 +108,7 @@ def test_people_read_the_same_numbers(name: str, capsys: Capture):
         (["translation-moe-33"], "translation-moe-33: no such recipe; did you mean translation-moe-32?"),
         (
             ["translation-moe-32", "--model.decoder-block.k", "33"],
-            "decoder_block.k (33) must be between 1 and num-experts (32)",
+            "model.decoder-block.k (33) must be between 1 and model.decoder-block.num-experts (32)",
         ),
         (["moe-32", "--model.num-expert", "8"], "--model.num-expert: no such option; did you mean"),
         (["moe-32", "--model.k", "33"], "model.k (33) must be between 1 and model.num-experts (32)"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sparsegate.decoding import BeamSearch, MaxLength, TranslationSampling, beam_search, sample_translations
+from sparsegate.decoding.target import Targets
 from sparsegate.models.gates import ExpertChoiceGate
 from tests.helpers.tolerances import assert_close
 from tests.helpers.translation_models import MIXTURE, MIXTURES, a_talker, a_translator
@@ -130,6 +131,35 @@ def test_a_wider_beam_finds_a_better_score_on_the_whole():
     assert scores[1] > scores[0]
 
 
+@pytest.mark.parametrize(("sharpness", "least"), [(20.0, (1e-10, 1e-4)), (200.0, (0.0, 1e-11))])
+def test_attention_counts_however_little_it_is_down_to_1e_10(sharpness, least):
+    """Of a token that had less the logarithm would outweigh all else, and of none it is no number."""
+    model = a_talker("mixtures")
+    with torch.no_grad():
+        model.decoder.attention.w_score.mul_(sharpness)
+    search = BeamSearch(beam_size=200, coverage_penalty=0.5, prune=None, max_length=SHORT, num_best=1000)
+    [ours] = searched(model, [SOURCES[0]], search)
+    require_equal(ours, all_translations(model, SOURCES[0], search))
+    coverage = [read(model, SOURCES[0], each.tokens).attention.sum(dim=0).min().item() for each in ours]
+    assert any(least[0] <= value < least[1] for value in coverage)
+
+
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_no_more_hypotheses_times_positions_are_translated_at_once_than_there_is_room_for(beam_size):
+    model = a_talker("mixtures")
+    sources, sizes = [[3, 4] * 10] * 5, []
+    search = BeamSearch(beam_size=beam_size, max_length=SHORT)
+    whole = model.decode
+
+    def decode(target_BS, memory, **options):
+        sizes.append(target_BS.shape[0] * memory.mask_BU.shape[1])
+        return whole(target_BS, memory, **options)
+
+    model.decode = decode
+    searched(model, sources, search, max_tokens=2 * beam_size * 20)
+    assert max(sizes) == 2 * beam_size * 20
+
+
 def test_the_same_search_finds_the_same_again():
     model = a_talker("mixtures")
     search = BeamSearch(beam_size=3, num_best=3)
@@ -164,6 +194,23 @@ def test_a_translation_has_at_most_its_length_and_says_so():
         ((), "stop"),
         ((), "length"),
     }
+
+
+def test_in_low_precision_what_is_added_up_is_not():
+    model = a_talker("mixtures").float()
+    search = BeamSearch(beam_size=4, max_length=SHORT, num_best=1000, prune=None)
+    [expected] = searched(model, [SOURCES[0]], search)
+    coverages, whole = [], Targets.read
+
+    def read_on(self, *args):
+        coverages.append(self.coverage_RU.dtype)
+        return whole(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Targets, "read", read_on)
+        [ours] = searched(model.bfloat16(), [SOURCES[0]], search)
+    assert set(coverages) == {torch.float32}
+    assert ours[0].score == pytest.approx(expected[0].score, abs=0.05)
 
 
 def test_what_is_never_to_be_written_is_not():
@@ -210,12 +257,22 @@ def test_a_model_whose_training_diverged_is_refused():
         searched(model, SOURCES, BeamSearch())
 
 
+def test_scores_are_finite_at_the_greatest_penalties_and_lengths():
+    greatest = BeamSearch(
+        beam_size=1, length_penalty=10, coverage_penalty=100, max_length=MaxLength(ratio=1000.0)
+    )
+    assert math.isfinite(greatest.normalization(greatest.max_length.of(1_000_000)))
+    [[found]] = searched(a_talker("mixtures", end_bias=5.0), [SOURCES[0] * 100], greatest)
+    assert math.isfinite(found.score)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"beam_size": 0}, r"beam_size \(0\) must be at least 1"),
         ({"num_best": 0}, r"num_best \(0\) must be at least 1"),
-        ({"length_penalty": -0.1}, r"length_penalty \(-0.1\) must be from 0 to 100"),
+        ({"length_penalty": -0.1}, r"length_penalty \(-0.1\) must be from 0 to 10"),
+        ({"length_penalty": 10.1}, r"length_penalty \(10.1\) must be from 0 to 10"),
         ({"coverage_penalty": float("nan")}, r"coverage_penalty \(nan\) must be from 0 to 100"),
         ({"prune": 0.0}, r"prune \(0.0\) must be above 0, or None"),
     ],

@@ -111,7 +111,13 @@ def test_no_sources_have_no_translations():
         (lambda: TranslationSampling(temperature=-1.0), r"temperature \(-1.0\) must be from 0 to 1000"),
         (lambda: TranslationSampling(top_k=0), r"top_k \(0\) must be at least 1"),
         (lambda: MaxLength(ratio=-1.0), r"max_length.ratio \(-1.0\) must be from 0 to 1000"),
-        (lambda: MaxLength(extra=0), r"max_length.extra \(0\) must be at least 1"),
+        *[
+            (
+                lambda extra=extra: MaxLength(extra=extra),
+                rf"max_length.extra \({extra}\) must be a whole number, at least 1",
+            )
+            for extra in (0, 4.5, float("inf"), float("nan"))
+        ],
     ],
 )
 def test_what_cannot_be_drawn_is_refused(make, message):

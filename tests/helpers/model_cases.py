@@ -34,7 +34,9 @@ CONFIGS: dict[str, LanguageModelConfig] = {
 GATES: dict[str, GateConfig] = {
     "noisy_topk": NoisyTopKGate(),
     "hierarchical": HierarchicalGate(num_groups=3, noise_epsilon=0.01),
-    "balanced_hierarchy": HierarchicalGate(num_groups=3, primary="balanced", secondary="balanced", scope=5),
+    "balanced_hierarchy": HierarchicalGate(
+        num_groups=3, primary="balanced", secondary="balanced", scope=5, most_groups=2, most_per_group=1
+    ),
     "balanced": BalancedGate(scope=5, most_per_token=3),
     "expert_choice": ExpertChoiceGate(scope=5),
     "softmax": SoftmaxGate(),

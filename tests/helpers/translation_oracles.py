@@ -35,11 +35,11 @@ def read(model: TranslationModel, source, tokens) -> Read:
 
 
 def gnmt_score(logprob: float, attention: torch.Tensor, search: BeamSearch) -> float:
-    """s(Y, X) of GNMT's section 7; the end counts as a token."""
+    """s(Y, X) of GNMT's section 7; the end counts as a token, and no attention at all as 1e-10."""
     length = len(attention)
     penalty = (5 + length) ** search.length_penalty / (5 + 1) ** search.length_penalty
     columns = attention.T.tolist()
-    coverage = sum(math.log(min(sum(column), 1.0)) for column in columns)
+    coverage = sum(math.log(min(max(sum(column), 1e-10), 1.0)) for column in columns)
     return logprob / penalty + search.coverage_penalty * coverage
 
 

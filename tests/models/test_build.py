@@ -170,6 +170,7 @@ def test_a_mixture_has_the_gate_that_its_config_names(name):
     if name == "balanced_hierarchy":
         assert (type(gate.primary), type(gate.secondary)) == (Balanced, BalancedGroups)
         assert (gate.primary.scope, gate.secondary.scope) == (5, 5)
+        assert (gate.primary.most_per_token, gate.secondary.most_per_token) == (2, 1)
     elif name == "hierarchical":
         assert (type(gate.primary), type(gate.secondary)) == (NoisyTopK, NoisyTopKGroups)
         assert gate.primary.noise_epsilon == gate.secondary.noise_epsilon == config.noise_epsilon

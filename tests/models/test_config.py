@@ -74,6 +74,26 @@ from tests.helpers.model_cases import CONFIGS
             {"gate": HierarchicalGate(num_groups=5, k_primary=1)},
             r"model.k \(2\) must be at most model.gate.k-primary \(1\) times the experts of a group \(1\)",
         ),
+        (
+            "mixture",
+            {"gate": HierarchicalGate(num_groups=5, k_primary=2, primary="balanced", most_groups=6)},
+            r"model.gate.most-groups \(6\) must be between 1 and model.gate.num-groups \(5\), or none",
+        ),
+        (
+            "mixture",
+            {"gate": HierarchicalGate(num_groups=1, k_primary=1, secondary="balanced", most_per_group=0)},
+            r"model.gate.most-per-group \(0\) must be between 1 and the experts of a group \(5\), or none",
+        ),
+        (
+            "mixture",
+            {"gate": HierarchicalGate(num_groups=1, k_primary=1, primary="balanced", most_per_group=2)},
+            r"model.gate.most-per-group \(2\) is of a balanced level; set model.gate.secondary to .*",
+        ),
+        (
+            "mixture",
+            {"gate": HierarchicalGate(num_groups=1, k_primary=1, secondary="balanced", most_groups=1)},
+            r"model.gate.most-groups \(1\) is of a balanced level; set model.gate.primary to balanced, or .*",
+        ),
         ("feed_forward", {"hidden": ()}, r"model.hidden \(\(\)\) must name at least one layer .*"),
         ("feed_forward", {"hidden": (4, 0)}, r"model.hidden \(\(4, 0\)\) must name at least one layer .*"),
     ],
@@ -93,11 +113,16 @@ def test_a_config_that_cannot_be_built_is_refused_in_one_line(kind, change, mess
         (ExpertChoiceGate, {"scope": -2}, r"model.gate.scope \(-2\) must be at least 1 token, or none"),
         (SoftmaxTopKGate, {"jitter": 1.0}, r"model.gate.jitter \(1.0\) must be at least 0 and below 1"),
         (SigmoidTopKGate, {"bias_rate": -0.1}, r"model.gate.bias-rate \(-0.1\) must be at least 0"),
+        (
+            HierarchicalGate,
+            {"scope": 4},
+            r"model.gate.scope \(4\) is of balanced levels; set model.gate.primary .*",
+        ),
     ],
 )
 def test_a_gate_that_cannot_be_built_is_refused_in_one_line(gate, wrong, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
-        gate(**wrong)
+        replace(CONFIGS["mixture"], gate=gate(**wrong))
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

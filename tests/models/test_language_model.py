@@ -189,6 +189,15 @@ def test_noise_is_the_gates_by_the_name_of_their_layer():
     assert torch.equal(model(input_BS, noise=noise).hidden_BSD, model(input_BS).hidden_BSD)
 
 
+def test_noise_under_a_name_that_no_layer_has_is_refused():
+    for kind, name, names in (("mixture", "mo", "moe"), ("recurrent", "lstm1", "none, in this model")):
+        model = a_model(CONFIGS[kind])
+        with pytest.raises(
+            ValueError, match=rf"^noise: no layer {name} takes any; those that do are {names}$"
+        ):
+            model(tokens(), noise={**noise_for(model), name: torch.randn(B, S, 5, dtype=torch.float64)})
+
+
 @of_every_kind
 def test_only_sparse_layers_have_a_routing(kind):
     out = a_model(CONFIGS[kind])(tokens())

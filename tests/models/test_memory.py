@@ -11,8 +11,8 @@ from benchmarks.planned_memory import CASES, row
 from sparsegate.models import FeedForwardLM, MixtureLM, RecurrentLM, build
 from sparsegate.models.memory import Memory, Method, training_memory
 from sparsegate.recipes.registry import recipe
-from sparsegate.training.config import OptimConfig
-from sparsegate.training.making import make_optimizers
+from sparsegate.training.config import OptimConfig, RunConfig
+from sparsegate.training.making import with_optimizers
 
 COMMON = {"vocab_size": 11, "width": 6, "dropout": 0.1, "lstm_bias": True}
 MODELS = [
@@ -30,7 +30,8 @@ def test_weights_gradients_and_state_are_those_of_a_model_that_is_trained(config
     model = build(config)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    optimizers = make_optimizers(model, OptimConfig(experts=experts))
+    config_of_run = RunConfig(name="any", model=config, optim=OptimConfig(experts=experts))
+    optimizers = with_optimizers(model, config_of_run).optimizers
     for optimizer in optimizers:
         optimizer.step()
     memory = training_memory(config, replace(METHOD, experts=experts))

@@ -3,9 +3,10 @@
 import json
 
 import pytest
+import torch
 
 from sparsegate.cli.main import main
-from sparsegate.models.gates import BalancedGate, HierarchicalGate, NoisyTopKGate
+from sparsegate.models.gates import BalancedGate, HierarchicalGate, NoisyTopKGate, build_gate
 from sparsegate.models.translation import MixtureBlock
 from sparsegate.recipes.planner import plan
 from sparsegate.recipes.registry import RECIPES, recipe
@@ -71,6 +72,16 @@ def test_models_of_one_pair_are_as_the_paper_says(name: str):
         assert isinstance(block.gate, BalancedGate)
     assert (model.encoder_layers, model.decoder_layers, model.attention) == (3, 2, "product")
     assert (model.width, model.lstm_units, model.lstm_projection) == (512, 2048, 512)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in RECIPES if "translation-moe" in name or "multilingual-moe" in name]
+)
+def test_in_evaluation_no_token_of_any_model_has_more_than_64_pairs(name: str):
+    block = recipe(name).model.encoder_block
+    assert isinstance(block, MixtureBlock)
+    gate = build_gate(block.gate, width=512, num_experts=block.num_experts, k=block.k, device="meta").eval()
+    assert gate(torch.empty(3, 512, device="meta")).expert_N.numel() <= 3 * 64
 
 
 def test_the_multilingual_model_is_flat_and_noisy():

@@ -25,7 +25,8 @@ EXAMPLE = """
 sparsegate plan moe-256
 sparsegate plan moe-32 --model.num-experts 64 --json
 sparsegate plan news-moe-65536-h --devices 64 --memory 80GiB --optim.experts factored
-sparsegate plan moe-4096-h --memory 24GiB --expert-weights bfloat16 --optim.experts factored --in-backward
+sparsegate plan moe-4096-h --memory 24GiB --model.expert-dtype bfloat16 --optim.experts factored \\
+  --optim.in-backward true
 sparsegate plan translation-moe-2048-h
 """
 
@@ -46,19 +47,6 @@ def quantity(text: str) -> float:
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("name", help=f"recipe: {', '.join(RECIPES)}")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    method = parser.add_argument_group("how a language model is trained, beside its configuration")
-    method.add_argument(
-        "--expert-weights", choices=("float32", "bfloat16"), default="float32", help="(default: float32)"
-    )
-    method.add_argument(
-        "--in-backward", action="store_true", help="each expert is updated as soon as its gradient is there"
-    )
-    method.add_argument(
-        "--sparse-rows", action="store_true", help="gradients of the words of a batch alone, in the tables"
-    )
-    method.add_argument(
-        "--recompute", action="store_true", help="hidden layers of experts are computed again in backward"
-    )
     machine = parser.add_argument_group("devices that a language model is laid over (defaults: an H100 SXM)")
     for f in fields(Machine):
         kind = {"devices": int, "efficiency": float}.get(f.name, quantity)
@@ -81,7 +69,7 @@ def run(args: Namespace) -> int:
     if not isinstance(model, MixtureLM | FeedForwardLM | RecurrentLM):
         _print(args, asdict(counted), [(args.name, _counts(counted))])
         return 0
-    method, tokens = method_of(args), batch_tokens(args.config)
+    method, tokens = method_of(args.config), batch_tokens(args.config)
     memory = training_memory(model, method)
     parts: dict[str, Any] = {
         **asdict(counted),
@@ -110,15 +98,16 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def method_of(args: Namespace) -> Method:
-    """How the model is trained, from the configuration and the verb's own options."""
+def method_of(config: RunConfig) -> Method:
+    """How the model is trained."""
+    model, optim = config.model, config.optim
     return Method(
-        tokens=-(-batch_tokens(args.config) // args.config.training.micro_batches),
-        experts=args.config.optim.experts,
-        expert_bytes=BFLOAT16 if args.expert_weights == "bfloat16" else FLOAT32,
-        in_backward=args.in_backward,
-        sparse_rows=args.sparse_rows,
-        recompute=args.recompute,
+        tokens=-(-batch_tokens(config) // config.training.micro_batches),
+        experts=optim.experts,
+        expert_bytes=BFLOAT16 if "bfloat16" in model.expert_dtypes() else FLOAT32,
+        in_backward=optim.in_backward,
+        sparse_rows=optim.tables == "rows",
+        recompute=isinstance(model, MixtureLM) and model.recompute,
     )
 
 

@@ -47,9 +47,10 @@ class BeamSearch:
         for name in ("beam_size", "num_best"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
-        for name in ("length_penalty", "coverage_penalty"):
-            if not 0 <= getattr(self, name) <= 100:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be from 0 to 100")
+        # With more, lp of a long translation is no finite number.
+        for name, most in (("length_penalty", 10), ("coverage_penalty", 100)):
+            if not 0 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be from 0 to {most}")
         if self.prune is not None and not self.prune > 0:
             raise ValueError(f"prune ({self.prune}) must be above 0, or None")
 
@@ -90,10 +91,11 @@ def beam_search(
     once, with padding. A translation does not depend on the other sources.
 
     Raises:
-        ValueError: the model's output is not finite, or a gate of it chooses over the batch.
+        ValueError: the model's output is not finite, a token is not in its vocabulary, or a gate of it
+            chooses over the batch.
     """
     found: list[list[Hypothesis]] = [[] for _ in sources]
-    for group in groups(sources, max_tokens=max_tokens // search.beam_size):
+    for group in groups(sources, rows_per_source=search.beam_size, max_tokens=max_tokens):
         sentences = [_Sentence(len(sources[number]), search) for number in group]
         with evaluation_mode(model), torch.inference_mode():
             targets = Targets.begin(

@@ -22,12 +22,25 @@ _LEAST_LENGTH = 16
 class TargetTokens:
     """The ids that decoding has to know: what a target begins and ends with, and what is never written.
 
-    The beginning is never written in any case.
+    The beginning is never written in any case, but for the end, where both are the same id.
     """
 
     begin_id: int
     end_id: int
     never: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (least := min(self.begin_id, self.end_id, *self.never)) < 0:
+            raise ValueError(f"tokens ({least}) must have ids of at least 0")
+        if self.end_id in self.never:
+            raise ValueError(
+                f"tokens.never ({self.end_id}) must not have tokens.end_id in it: no translation could end"
+            )
+
+    @property
+    def unwritten(self) -> list[int]:
+        """All that is never written."""
+        return sorted({self.begin_id, *self.never} - {self.end_id})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +56,9 @@ class MaxLength:
     def __post_init__(self) -> None:
         if not 0 <= self.ratio <= 1000:
             raise ValueError(f"max_length.ratio ({self.ratio}) must be from 0 to 1000")
-        if self.extra < 1:
-            raise ValueError(f"max_length.extra ({self.extra}) must be at least 1")
+        # A length that is no whole number would never be reached. Of infinity and NaN the remainder is NaN.
+        if not self.extra >= 1 or self.extra % 1:
+            raise ValueError(f"max_length.extra ({self.extra}) must be a whole number, at least 1")
 
     def of(self, num_source_tokens: int) -> int:
         return int(self.ratio * num_source_tokens) + self.extra
@@ -67,9 +81,14 @@ class Hypothesis:
     attention: npt.NDArray[np.float32] | None = field(default=None, compare=False)
 
 
-def groups(sources: Sequence[Sequence[int]], *, max_tokens: int) -> Iterator[list[int]]:
-    """Indices of sources of about equal length that are translated together."""
-    lengths = [max(_LEAST_LENGTH, len(source)) for source in sources]
+def groups(sources: Sequence[Sequence[int]], *, rows_per_source: int, max_tokens: int) -> Iterator[list[int]]:
+    """Indices of sources of about equal length that are translated together, with so many rows for each.
+
+    max_tokens: rows times source positions of a group, with padding; a group has one source at least.
+    """
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens ({max_tokens}) must be at least 1")
+    lengths = [rows_per_source * max(_LEAST_LENGTH, len(source)) for source in sources]
     return groups_by_length(lengths, max_tokens=max_tokens)
 
 
@@ -96,10 +115,16 @@ class Targets:
         tokens: TargetTokens,
         keep_attention: bool,
     ) -> "Targets":
-        """Encode the sources; one row for each. The model should be in `evaluation_mode`."""
+        """Encode the sources; one row for each. The model should be in `evaluation_mode`.
+
+        Raises:
+            ValueError: a token is not in the model's vocabulary, or a gate chooses over the batch.
+        """
         require_independence(model)
         source_BS, mask_BS = _padded(sources)
-        device = model.softmax.weight.device
+        vocab_size, device = model.softmax.weight.shape[0], model.softmax.weight.device
+        _require_in_vocabulary("tokens", [tokens.begin_id, tokens.end_id, *tokens.never], vocab_size)
+        _require_in_vocabulary("sources", source_BS, vocab_size)
         memory, _ = model.encode(source_BS.to(device), mask_BS.to(device))
         dtype = torch.promote_types(memory.value_BUD.dtype, torch.float32)
         coverage_RU = torch.zeros(mask_BS.shape, dtype=dtype, device=device)
@@ -127,7 +152,7 @@ class Targets:
         logits_RV = self.model.softmax(out.hidden_BSD[:, 0])
         logprob_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32)).log_softmax(dim=-1)
         token_V = torch.arange(logits_RV.shape[1], device=device)
-        is_never_V = torch.isin(token_V, token_V[[self.tokens.begin_id, *self.tokens.never]])
+        is_never_V = torch.isin(token_V, token_V.new_tensor(self.tokens.unwritten))
         is_last_R1 = torch.from_numpy(is_last_R).to(device)[:, None]
         is_left_out_RV = is_never_V | (is_last_R1 & (token_V != self.tokens.end_id))
         return logprob_RV.masked_fill(is_left_out_RV, -torch.inf)
@@ -156,6 +181,16 @@ def require_independence(model: TranslationModel) -> None:
         raise ValueError(
             f"{names[0]}: in evaluation, too, its gate chooses over all sentences at once, so that a "
             "translation would depend on its neighbours; train with another gate and without a capacity"
+        )
+
+
+def _require_in_vocabulary(what: str, ids: npt.ArrayLike, vocab_size: int) -> None:
+    ids = np.asarray(ids)
+    outside = ids[(ids < 0) | (ids >= vocab_size)]
+    if outside.size:
+        raise ValueError(
+            f"{what} ({outside.flat[0]}) must have ids from 0 to {vocab_size - 1}, those of the model's "
+            "vocabulary; is it of another dataset?"
         )
 
 

@@ -79,10 +79,11 @@ def sample_translations(
     `sampling`, not on the others.
 
     Raises:
-        ValueError: the model's output is not finite, or a gate of it chooses over the batch.
+        ValueError: the model's output is not finite, a token is not in its vocabulary, or a gate of it
+            chooses over the batch.
     """
     found: list[Hypothesis | None] = [None] * len(sources)
-    for group in groups(sources, max_tokens=max_tokens):
+    for group in groups(sources, rows_per_source=1, max_tokens=max_tokens):
         rows = [
             _Row(
                 number=number,

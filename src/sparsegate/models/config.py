@@ -87,6 +87,10 @@ class MixtureLM(Common):
         default="float32",
         metadata={"doc": "of the experts' weights as they are kept; products are in training.precision"},
     )
+    recompute: bool = field(
+        default=False,
+        metadata={"doc": "the experts' hidden layers are computed again in backward instead of kept"},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -23,17 +23,14 @@ class NoisyTopKGate:
         default=0.0, metadata={"doc": "added to the noise's deviation (paper 0, its authors' code 0.01)"}
     )
 
-    def __post_init__(self) -> None:
-        _require_epsilon(self.noise_epsilon)
-
 
 @dataclass(frozen=True, kw_only=True)
 class HierarchicalGate:
-    """A gate over groups and one in each group (eq. 12); model.k is the product of the choices of both."""
+    """A gate over groups and one in each group (eq. 12); k is the product of the choices of both."""
 
     kind: Literal["hierarchical"] = "hierarchical"
     num_groups: int = field(default=16, metadata={"doc": "groups of equally many experts"})
-    k_primary: int = field(default=2, metadata={"doc": "groups per token; k_primary must divide model.k"})
+    k_primary: int = field(default=2, metadata={"doc": "groups per token; k_primary must divide k"})
     primary: Literal["noisy_topk", "balanced"] = field(
         default="noisy_topk", metadata={"doc": "the gate over the groups"}
     )
@@ -45,15 +42,19 @@ class HierarchicalGate:
         default=None,
         metadata={"doc": "of balanced levels: tokens that compete in training; none: a whole batch"},
     )
-
-    def __post_init__(self) -> None:
-        _require_epsilon(self.noise_epsilon)
-        _require_scope(self.scope)
-        if self.scope is not None and "balanced" not in (self.primary, self.secondary):
-            raise ValueError(
-                f"model.gate.scope ({self.scope}) is of balanced levels; set model.gate.primary or "
-                "model.gate.secondary to balanced, or leave it at none"
-            )
+    most_groups: int | None = field(
+        default=None,
+        metadata={
+            "doc": "of a balanced primary gate: groups of a token in evaluation at most; none: no bound"
+        },
+    )
+    most_per_group: int | None = field(
+        default=None,
+        metadata={
+            "doc": "of balanced secondary gates: experts of a token in each of its groups in evaluation at "
+            "most; none: no bound"
+        },
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +69,6 @@ class BalancedGate:
         default=None, metadata={"doc": "experts of a token in evaluation at most; none: no bound"}
     )
 
-    def __post_init__(self) -> None:
-        _require_scope(self.scope)
-
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertChoiceGate:
@@ -81,13 +79,10 @@ class ExpertChoiceGate:
         default=None, metadata={"doc": "consecutive tokens that compete; none: all of a batch"}
     )
 
-    def __post_init__(self) -> None:
-        _require_scope(self.scope)
-
 
 @dataclass(frozen=True, kw_only=True)
 class SoftmaxGate:
-    """All experts for every token (eq. 2); model.k is the number of experts."""
+    """All experts for every token (eq. 2); k is the number of experts."""
 
     kind: Literal["softmax"] = "softmax"
 
@@ -105,10 +100,6 @@ class SoftmaxTopKGate:
         metadata={"doc": "in training the gate's input is multiplied by 1 - jitter to 1 + jitter"},
     )
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.jitter < 1:
-            raise ValueError(f"model.gate.jitter ({self.jitter}) must be at least 0 and below 1")
-
 
 @dataclass(frozen=True, kw_only=True)
 class SigmoidTopKGate:
@@ -116,10 +107,6 @@ class SigmoidTopKGate:
 
     kind: Literal["sigmoid_topk"] = "sigmoid_topk"
     bias_rate: float = field(default=1e-3, metadata={"doc": "step of the bias after each update"})
-
-    def __post_init__(self) -> None:
-        if not self.bias_rate >= 0:
-            raise ValueError(f"model.gate.bias-rate ({self.bias_rate}) must be at least 0")
 
 
 GateConfig = (
@@ -141,23 +128,48 @@ def trains_thresholds(config: GateConfig) -> bool:
 
 
 def require_gate(config: GateConfig, *, num_experts: int, k: int, where: str) -> None:
-    """Refuse a gate that does not fit the experts, naming fields as the command line does.
+    """Refuse a gate that cannot be built for these experts, naming fields as the command line does.
 
-    where: what stands before their names, such as `model.`.
+    where: what stands before their names, such as `model.`. A gate by itself does not know where it stands,
+    and refuses nothing.
     """
-    if isinstance(config, SoftmaxGate) and k != num_experts:
+    match config:
+        case NoisyTopKGate():
+            _require_epsilon(config.noise_epsilon, where)
+        case HierarchicalGate():
+            _require_hierarchy(config, num_experts=num_experts, k=k, where=where)
+        case BalancedGate():
+            _require_scope(config.scope, where)
+            _require_most(
+                config.most_per_token,
+                num_experts,
+                name=f"{where}gate.most-per-token",
+                choices=f"{where}num-experts",
+            )
+        case ExpertChoiceGate():
+            _require_scope(config.scope, where)
+        case SoftmaxGate():
+            if k != num_experts:
+                raise ValueError(
+                    f"{where}k ({k}) must equal {where}num-experts ({num_experts}) with {where}gate.kind "
+                    "softmax, which chooses all experts"
+                )
+        case SoftmaxTopKGate():
+            if not 0 <= config.jitter < 1:
+                raise ValueError(f"{where}gate.jitter ({config.jitter}) must be at least 0 and below 1")
+        case SigmoidTopKGate():
+            if not config.bias_rate >= 0:
+                raise ValueError(f"{where}gate.bias-rate ({config.bias_rate}) must be at least 0")
+
+
+def _require_hierarchy(config: HierarchicalGate, *, num_experts: int, k: int, where: str) -> None:
+    _require_epsilon(config.noise_epsilon, where)
+    _require_scope(config.scope, where)
+    if config.scope is not None and not trains_thresholds(config):
         raise ValueError(
-            f"{where}k ({k}) must equal {where}num-experts ({num_experts}) with {where}gate.kind softmax, "
-            "which chooses all experts"
+            f"{where}gate.scope ({config.scope}) is of balanced levels; set {where}gate.primary or "
+            f"{where}gate.secondary to balanced, or leave it at none"
         )
-    most = config.most_per_token if isinstance(config, BalancedGate) else None
-    if most is not None and not 1 <= most <= num_experts:
-        raise ValueError(
-            f"{where}gate.most-per-token ({most}) must be between 1 and {where}num-experts "
-            f"({num_experts}), or none"
-        )
-    if not isinstance(config, HierarchicalGate):
-        return
     if config.num_groups < 1 or num_experts % config.num_groups:
         raise ValueError(
             f"{where}gate.num-groups ({config.num_groups}) must divide {where}num-experts ({num_experts})"
@@ -172,6 +184,37 @@ def require_gate(config: GateConfig, *, num_experts: int, k: int, where: str) ->
             f"{where}k ({k}) must be at most {where}gate.k-primary ({config.k_primary}) times the experts "
             f"of a group ({num_experts // config.num_groups})"
         )
+    _require_most_of_levels(config, group_size=num_experts // config.num_groups, where=f"{where}gate.")
+
+
+def _require_most_of_levels(config: HierarchicalGate, *, group_size: int, where: str) -> None:
+    """A level that is not balanced has a fixed number of choices, and no bound."""
+    num_groups, in_group = (config.num_groups, f"{where}num-groups"), (group_size, "the experts of a group")
+    for name, most, level, kind, (num_choices, choices) in (
+        ("most-groups", config.most_groups, "primary", config.primary, num_groups),
+        ("most-per-group", config.most_per_group, "secondary", config.secondary, in_group),
+    ):
+        if most is not None and kind != "balanced":
+            raise ValueError(
+                f"{where}{name} ({most}) is of a balanced level; set {where}{level} to balanced, or leave it "
+                "at none"
+            )
+        _require_most(most, num_choices, name=f"{where}{name}", choices=choices)
+
+
+def _require_most(most: int | None, num_choices: int, *, name: str, choices: str) -> None:
+    if most is not None and not 1 <= most <= num_choices:
+        raise ValueError(f"{name} ({most}) must be between 1 and {choices} ({num_choices}), or none")
+
+
+def _require_epsilon(noise_epsilon: float, where: str) -> None:
+    if not noise_epsilon >= 0:
+        raise ValueError(f"{where}gate.noise-epsilon ({noise_epsilon}) must be at least 0")
+
+
+def _require_scope(scope: int | None, where: str) -> None:
+    if scope is not None and scope < 1:
+        raise ValueError(f"{where}gate.scope ({scope}) must be at least 1 token, or none")
 
 
 def build_gate(config: GateConfig, *, width: int, num_experts: int, k: int, **options: Any) -> Gate:
@@ -208,7 +251,12 @@ def _hierarchy(
     secondary: GroupGates
     if config.primary == "balanced":
         primary = Balanced(
-            width=width, num_experts=config.num_groups, k=config.k_primary, scope=config.scope, **options
+            width=width,
+            num_experts=config.num_groups,
+            k=config.k_primary,
+            scope=config.scope,
+            most_per_token=config.most_groups,
+            **options,
         )
     else:
         primary = NoisyTopK(
@@ -219,17 +267,7 @@ def _hierarchy(
             **options,
         )
     if config.secondary == "balanced":
-        secondary = BalancedGroups(scope=config.scope, **groups)
+        secondary = BalancedGroups(scope=config.scope, most_per_token=config.most_per_group, **groups)
     else:
         secondary = NoisyTopKGroups(noise_epsilon=config.noise_epsilon, **groups)
     return Hierarchical(primary=primary, secondary=secondary)
-
-
-def _require_epsilon(noise_epsilon: float) -> None:
-    if not noise_epsilon >= 0:
-        raise ValueError(f"model.gate.noise-epsilon ({noise_epsilon}) must be at least 0")
-
-
-def _require_scope(scope: int | None) -> None:
-    if scope is not None and scope < 1:
-        raise ValueError(f"model.gate.scope ({scope}) must be at least 1 token, or none")

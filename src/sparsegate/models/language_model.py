@@ -70,7 +70,11 @@ class LanguageModel(LayeredModel):
         input_BS: int64 token ids. state: carried from the call on the tokens before (None: a start). mask_BS:
         bool, true for real tokens. noise: by layer name, [B, S, noise_width] standard normal; the gates draw
         their own where it is None.
+
+        Raises:
+            ValueError: noise has a name not in `noise_widths`.
         """
+        self.require_noise_names(noise)
         x_BSD = self.dropout(self.embedding(input_BS))
         new_state: State = {}
         routings: dict[str, Routing] = {}

@@ -58,3 +58,10 @@ class LayeredModel(nn.Module, ABC):
     def noise_widths(self) -> dict[str, int]:
         """Standard normal draws per token that each layer's gate uses in training, by layer name."""
         return {name: layer.noise_width for name, layer in self.named_layers() if layer.noise_width}
+
+    def require_noise_names(self, noise: Mapping[str, Tensor] | None) -> None:
+        """Refuse noise for a layer that takes none: the gate that it was meant for would draw its own."""
+        for name in noise or {}:
+            if name not in (taken := self.noise_widths()):
+                names = ", ".join(taken) or "none, in this model"
+                raise ValueError(f"noise: no layer {name} takes any; those that do are {names}")

@@ -31,6 +31,8 @@ class MixtureFields(Protocol):
     def drop(self) -> Literal["last", "lightest"]: ...
     @property
     def expert_dtype(self) -> Literal["float32", "bfloat16"]: ...
+    @property
+    def recompute(self) -> bool: ...
 
 
 def require_mixture(config: MixtureFields, *, where: str) -> None:
@@ -69,6 +71,7 @@ def build_mixture(
         hidden=config.hidden,
         num_experts=config.num_experts,
         storage=torch.bfloat16 if config.expert_dtype == "bfloat16" else None,
+        recompute=config.recompute,
         device=device,
         dtype=dtype,
     )

@@ -56,11 +56,14 @@ class OutputSoftmax(nn.Module):
         """
         hidden_TD, target_T = hidden.reshape(-1, hidden.shape[-1]), target.flatten()
         if self.training and self.num_samples:
-            sample_S = draw_log_uniform(self.num_samples, len(self.bias), device=target.device)
-            return self.sampled_nll(hidden_TD, target_T, sample_S).view_as(target)
+            return self.sampled_nll(hidden_TD, target_T, self.draw()).view_as(target)
         logits_TV = self(hidden_TD)
         logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
         return F.cross_entropy(logits_TV, target_T, reduction="none").view_as(target)
+
+    def draw(self) -> Tensor:
+        """Candidates of a step, int64 [num_samples]."""
+        return draw_log_uniform(self.num_samples, len(self.bias), device=self.bias.device)
 
     def nll_and_uniform(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The exact `nll`, and the mean of -log p over all words: what label smoothing is made of."""

@@ -64,7 +64,9 @@ def small_translation_moe_32_noisy() -> RunConfig:
 
 def small_translation_moe_256_h() -> RunConfig:
     """256 experts in 16 groups, strictly balanced at both levels, two of each per token on average."""
-    gate = HierarchicalGate(num_groups=16, primary="balanced", secondary="balanced")
+    gate = HierarchicalGate(
+        num_groups=16, primary="balanced", secondary="balanced", most_groups=8, most_per_group=8
+    )
     return _run("small-translation-moe-256-h", MixtureBlock(num_experts=256, k=K, hidden=EXPERT, gate=gate))
 
 

@@ -45,8 +45,13 @@ def _model(name: str, block: BlockConfig, *, dropout: float = DROPOUT) -> RunCon
 
 
 def _hierarchy(num_experts: int, *, num_groups: int) -> RunConfig:
-    """Strictly balanced at both levels; two groups, and two experts in each, per token on average."""
-    gate = HierarchicalGate(num_groups=num_groups, primary="balanced", secondary="balanced")
+    """Strictly balanced at both levels; two groups, and two experts in each, per token on average.
+
+    In evaluation a token has at most 8 groups and 8 experts in each.
+    """
+    gate = HierarchicalGate(
+        num_groups=num_groups, primary="balanced", secondary="balanced", most_groups=8, most_per_group=8
+    )
     block = MixtureBlock(num_experts=num_experts, k=4, hidden=EXPERT, gate=gate)
     return _model(f"translation-moe-{num_experts}-h", block)
 

@@ -103,6 +103,20 @@ def test_several_queries_of_a_sentence_read_the_same_memory(kind):
 
 
 @of_each_kind
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_rows_that_do_not_belong_to_the_sentences_are_refused(kind, num_rows):
+    attention = an_attention(kind)
+    source_BUD, query_BSD, mask_BU = some_input(num_rows=num_rows)
+    # Of four steps each, three rows could be shared out among two sentences all the same.
+    query_BSD = torch.cat([query_BSD, query_BSD[:, :1]], dim=1)
+    with pytest.raises(ValueError, match=rf"^query_BSD \({num_rows} rows\) must have equally many .* \(2\)$"):
+        attention(query_BSD, attention.remember(source_BUD, mask_BU))
+    none = attention.remember(source_BUD[:0], mask_BU[:0])
+    with pytest.raises(ValueError, match=rf"^query_BSD \({num_rows} rows\) must have equally many .* \(0\)$"):
+        attention(query_BSD, none)
+
+
+@of_each_kind
 def test_an_empty_source_has_no_attention_and_finite_gradients(kind):
     attention = an_attention(kind)
     source_BUD, query_BSD, mask_BU = some_input()

@@ -4,7 +4,13 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
-from sparsegate.models.gates import HierarchicalGate
+from sparsegate.models.gates import (
+    BalancedGate,
+    HierarchicalGate,
+    NoisyTopKGate,
+    SigmoidTopKGate,
+    SoftmaxTopKGate,
+)
 from sparsegate.models.translation import DenseBlock, Translation
 from sparsegate.training.overrides import from_json, options, replace_by_path, to_json
 from tests.helpers.translation_models import CONFIGS, MIXTURE, MIXTURES
@@ -35,31 +41,42 @@ def test_a_model_that_cannot_be_built_is_refused_in_one_line(change, message):
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("block", "message"),
     [
-        ({"k": 6}, r"k \(6\) must be between 1 and num-experts \(5\)"),
-        ({"hidden": 0}, r"hidden \(0\) must be at least 1"),
-        ({"capacity": 0.5}, r"capacity \(0.5\) must be at least 1, or none; .*"),
-        (
-            {"gate": HierarchicalGate(num_groups=2)},
-            r"gate.num-groups \(2\) must divide num-experts \(5\)",
-        ),
+        (replace(MIXTURE, k=6), r"WHERE.k \(6\) must be between 1 and WHERE.num-experts \(5\)"),
+        (replace(MIXTURE, hidden=0), r"WHERE.hidden \(0\) must be at least 1"),
+        (replace(MIXTURE, capacity=0.5), r"WHERE.capacity \(0.5\) must be at least 1, or none; .*"),
+        (DenseBlock(hidden=0), r"WHERE.hidden \(0\) must be at least 1"),
+        *[
+            (replace(MIXTURE, gate=gate), message)
+            for gate, message in [
+                (
+                    HierarchicalGate(num_groups=2),
+                    r"WHERE.gate.num-groups \(2\) must divide WHERE.num-experts \(5\)",
+                ),
+                (
+                    HierarchicalGate(scope=3),
+                    r"WHERE.gate.scope \(3\) is of balanced levels; set WHERE.gate.primary or "
+                    r"WHERE.gate.secondary to balanced, or leave it at none",
+                ),
+                (NoisyTopKGate(noise_epsilon=-1.0), r"WHERE.gate.noise-epsilon \(-1.0\) must be at least 0"),
+                (BalancedGate(scope=0), r"WHERE.gate.scope \(0\) must be at least 1 token, or none"),
+                (SoftmaxTopKGate(jitter=1.0), r"WHERE.gate.jitter \(1.0\) must be at least 0 and below 1"),
+                (SigmoidTopKGate(bias_rate=-1.0), r"WHERE.gate.bias-rate \(-1.0\) must be at least 0"),
+            ]
+        ],
     ],
 )
-def test_a_block_that_cannot_be_built_is_refused_in_one_line(change, message):
+def test_a_block_that_cannot_be_built_is_refused_by_the_names_of_its_options(side, block, message):
+    """They are those that the command line takes, and stored configurations are read by."""
+    message = message.replace("WHERE", f"model.{side}-block")
     with pytest.raises(ValueError, match=f"^{message}$"):
-        replace(MIXTURE, **change)
-
-
-def test_a_dense_block_without_a_unit_is_refused():
-    with pytest.raises(ValueError, match=r"^hidden \(0\) must be at least 1$"):
-        DenseBlock(hidden=0)
-
-
-def test_the_command_line_names_the_block():
-    with pytest.raises(ValueError, match=r"^encoder_block.k \(9\) must be between 1 and num-experts \(5\)"):
-        replace_by_path(MIXTURES, {"encoder_block.k": "9"})
+        replace(MIXTURES, **{f"{side}_block": block})
+    data = {**to_json(MIXTURES), f"{side}_block": to_json(block)}
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        from_json(Translation, data)
 
 
 def test_a_block_can_become_of_another_kind():

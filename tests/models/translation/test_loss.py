@@ -50,6 +50,22 @@ def test_the_losses_are_their_formulas_in_value_and_gradient(smoothing, max_logi
         assert_close(our_gradient, their_gradient)
 
 
+@pytest.mark.parametrize("max_logits", [3 * 4, 1], ids=["pieces", "tokens"])
+def test_all_pieces_have_the_same_candidates_in_loss_and_gradient(max_logits, monkeypatch):
+    softmax, hidden_BSD, label_BS = a_case(num_samples=4)
+    of = (hidden_BSD, softmax.weight, softmax.bias)
+    torch.manual_seed(3)
+    whole = softmax.nll(hidden_BSD[MASK_BS], label_BS[MASK_BS])
+    monkeypatch.setattr(loss_module, "_MAX_LOGITS", max_logits)
+    torch.manual_seed(3)
+    ours = token_losses(softmax, hidden_BSD, label_BS, MASK_BS).loss_BS
+    assert_close(ours[MASK_BS], whole)
+    for our_gradient, their_gradient in zip(
+        torch.autograd.grad(ours.sum(), of), gradients(whole.sum(), *of), strict=True
+    ):
+        assert_close(our_gradient, their_gradient)
+
+
 def test_logits_of_one_piece_exist_at_once(monkeypatch):
     """Several pieces save no logits for the gradient; one piece does."""
     softmax, hidden_BSD, label_BS = a_case()

@@ -257,6 +257,20 @@ def test_noise_is_the_gates_by_the_names_of_their_layers():
         assert not torch.equal(given, model(**pairs.inputs(), noise=other).hidden_BSD)
 
 
+def test_noise_under_a_name_that_no_layer_has_is_refused():
+    model, pairs = a_translator(CONFIGS["mixtures"]), some_pairs()
+    noise = noise_for(model, pairs)
+    message = r"^noise: no layer (moe|encoder.lstm1) takes any; those that do are encoder.moe, decoder.moe$"
+    for name in ("moe", "encoder.lstm1"):
+        with pytest.raises(ValueError, match=message):
+            model(**pairs.inputs(), noise={**noise, name: noise["encoder.moe"]})
+        with pytest.raises(ValueError, match=message):
+            model.encode(pairs.source_BS, pairs.source_mask_BS, noise={name: noise["encoder.moe"]})
+        memory, _ = model.encode(pairs.source_BS, pairs.source_mask_BS)
+        with pytest.raises(ValueError, match=message):
+            model.decode(pairs.target_BS, memory, noise={name: noise["decoder.moe"]})
+
+
 def test_a_step_reaches_the_gates():
     model, pairs = a_translator(CONFIGS["mixtures"]), some_pairs()
     told = []
@@ -272,6 +286,17 @@ def test_a_source_without_a_column_is_refused():
     model = a_translator(CONFIGS["mixtures"])
     with pytest.raises(ValueError, match="source_BS has no columns; pad empty sources to one masked token"):
         model.encode(torch.zeros(2, 0, dtype=torch.int64), torch.zeros(2, 0, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("num_targets", [1, 3, 4])
+def test_sources_and_targets_that_do_not_pair_up_are_refused(num_targets):
+    """Twice as many targets, too, which are what a beam of two would have."""
+    model, sources = a_translator(CONFIGS["mixtures"]), some_pairs((4, 4), (4, 4))
+    targets = some_pairs((4,) * num_targets, (4,) * num_targets)
+    mixed = replace(sources, target_BS=targets.target_BS, target_mask_BS=targets.target_mask_BS)
+    message = rf"^source_BS \(2 rows\) and target_BS \({num_targets}\) must pair up$"
+    with pytest.raises(ValueError, match=message):
+        model(**mixed.inputs())
 
 
 @of_every_kind

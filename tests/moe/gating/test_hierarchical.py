@@ -216,16 +216,24 @@ def test_multiply_adds_are_those_of_table_7(num_experts, num_groups, millions):
     assert round((gate.ops_per_token() + others) / 1e6, 3) == millions
 
 
-def balanced(*, scope=None) -> Hierarchical:
+def balanced(*, scope=None, most_groups=None, most_per_group=None) -> Hierarchical:
     """Strictly balanced at both levels; on average two groups for each token, and two experts in each."""
     gate = Hierarchical(
-        primary=Balanced(width=WIDTH, num_experts=NUM_GROUPS, k=2, scope=scope, dtype=torch.float64),
+        primary=Balanced(
+            width=WIDTH,
+            num_experts=NUM_GROUPS,
+            k=2,
+            scope=scope,
+            most_per_token=most_groups,
+            dtype=torch.float64,
+        ),
         secondary=BalancedGroups(
             width=WIDTH,
             num_groups=NUM_GROUPS,
             group_size=GROUP_SIZE,
             k=2,
             scope=scope,
+            most_per_token=most_per_group,
             dtype=torch.float64,
         ),
     )
@@ -237,8 +245,8 @@ def balanced(*, scope=None) -> Hierarchical:
 def balanced_as_they_read(gate: Hierarchical, x_TD: Tensor, *, training: bool) -> tuple[Tensor, Tensor]:
     """G(x)_ij [T, E] and the sum of the threshold losses of both levels, one level and group at a time."""
 
-    def level(x_TD, w_gate, log_threshold, k):
-        """Eq. 16 and 20 of one softmax gate over these tokens."""
+    def level(x_TD, w_gate, log_threshold, k, most):
+        """Eq. 16 and 20 of one softmax gate over these tokens; in evaluation the best, if many pass."""
         probability_TE = (x_TD @ w_gate).softmax(dim=1)
         num_tokens, num_experts = probability_TE.shape
         m = min(num_tokens, max(1, int(k * num_tokens / num_experts + 0.5)))
@@ -247,20 +255,26 @@ def balanced_as_they_read(gate: Hierarchical, x_TD: Tensor, *, training: bool) -
         for expert in range(num_experts):
             values = probability_TE[:, expert].tolist()
             chosen_TE[sorted(range(num_tokens), key=lambda t: -values[t])[:m], expert] = 1
-        mask_TE = chosen_TE if training else above_TE
+        passed_TE = probability_TE * above_TE
+        best_TE = passed_TE >= passed_TE.sort(dim=1, descending=True).values[:, most - 1 : most]
+        mask_TE = chosen_TE if training else above_TE * best_TE
         kept_TE = probability_TE * mask_TE
         weight_TE = kept_TE / kept_TE.sum(dim=1, keepdim=True).where(mask_TE.any(1, keepdim=True), 1.0)
         return weight_TE, ((above_TE - chosen_TE) * (probability_TE.detach() - log_threshold.exp())).sum()
 
     primary, secondary = gate.primary, gate.secondary
-    groups_TA, threshold = level(x_TD, primary.w_gate, primary.log_threshold, 2)
+    groups_TA, threshold = level(x_TD, primary.w_gate, primary.log_threshold, 2, primary.most_per_token)
     columns = []
     for group in range(NUM_GROUPS):
         reached_T = groups_TA[:, group] > 0
         within_TB = torch.zeros(len(x_TD), GROUP_SIZE, dtype=torch.float64)
         if reached_T.any():
             weight_RB, loss = level(
-                x_TD[reached_T], secondary.w_gate[group], secondary.log_threshold[group], 2
+                x_TD[reached_T],
+                secondary.w_gate[group],
+                secondary.log_threshold[group],
+                2,
+                secondary.most_per_token,
             )
             threshold = threshold + loss
             within_TB = within_TB.index_put((reached_T.nonzero()[:, 0],), weight_RB)
@@ -268,12 +282,16 @@ def balanced_as_they_read(gate: Hierarchical, x_TD: Tensor, *, training: bool) -
     return torch.cat(columns, dim=1), threshold
 
 
+@pytest.mark.parametrize("most", [(None, None), (2, None), (None, 1), (2, 2)])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_strictly_balanced_levels_are_eq_12_of_two_gates_of_eq_16_in_value_and_gradient(training):
-    gate = balanced().train(training)
+def test_strictly_balanced_levels_are_eq_12_of_two_gates_of_eq_16_in_value_and_gradient(training, most):
+    """In evaluation a token keeps its best groups, and its best experts in each, if there is a bound."""
+    gate = balanced(most_groups=most[0], most_per_group=most[1]).train(training)
     x_TD, _ = tokens_and_noise(gate)
     expected_TE, threshold = balanced_as_they_read(gate, x_TD, training=training)
     routing = gate(x_TD)
+    if not training:
+        assert routing.pairs_per_token == (most[0] or NUM_GROUPS) * (most[1] or GROUP_SIZE)
     assert_close(dense(routing), expected_TE)
     assert_close(routing.sums.importance_E, expected_TE.sum(dim=0))
     assert routing.sums.num_unrouted == (expected_TE.sum(dim=1) == 0).sum()

@@ -70,8 +70,16 @@ class Attention(nn.Module, ABC):
 
         A sentence may have several rows of queries, as the hypotheses of a beam: R rows are R/B consecutive
         ones for each sentence of the memory.
+
+        Raises:
+            ValueError: the rows are not equally many for each sentence.
         """
         num_rows, num_steps, width = query_BSD.shape
+        if not memory.num_sentences or num_rows % memory.num_sentences:
+            raise ValueError(
+                f"query_BSD ({num_rows} rows) must have equally many rows for each of the memory's sentences "
+                f"({memory.num_sentences})"
+            )
         # All queries of a sentence side by side: its keys and values are never copied.
         score_BSU = self.scores(query_BSD.reshape(memory.num_sentences, -1, width), memory.key_BUA)
         score_BSU = score_BSU.to(torch.promote_types(score_BSU.dtype, torch.float32))

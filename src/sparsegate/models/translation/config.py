@@ -34,9 +34,14 @@ class MixtureBlock:
         default="float32",
         metadata={"doc": "of the experts' weights as they are kept; products are in training.precision"},
     )
+    recompute: bool = field(
+        default=False,
+        metadata={"doc": "the experts' hidden layers are computed again in backward instead of kept"},
+    )
 
-    def __post_init__(self) -> None:
-        require_mixture(self, where="")
+    def require(self, *, where: str) -> None:
+        """Refuse what cannot be built. where: what stands before its fields' names."""
+        require_mixture(self, where=where)
 
     def gates(self) -> tuple[GateConfig, ...]:
         return (self.gate,)
@@ -52,9 +57,10 @@ class DenseBlock:
     kind: Literal["dense"] = "dense"
     hidden: int = field(metadata={"doc": "width of the hidden ReLU layer"})
 
-    def __post_init__(self) -> None:
+    def require(self, *, where: str) -> None:
+        """As of a mixture."""
         if self.hidden < 1:
-            raise ValueError(f"hidden ({self.hidden}) must be at least 1")
+            raise ValueError(f"{where}hidden ({self.hidden}) must be at least 1")
 
     def gates(self) -> tuple[GateConfig, ...]:
         return ()
@@ -68,6 +74,9 @@ class NoBlock:
     """Nothing before the last LSTM."""
 
     kind: Literal["none"] = "none"
+
+    def require(self, *, where: str) -> None:
+        """Nothing can be wrong with it."""
 
     def gates(self) -> tuple[GateConfig, ...]:
         return ()
@@ -124,6 +133,8 @@ class Translation(Common):
             )
         if self.attention_width < 1:
             raise ValueError(f"model.attention-width ({self.attention_width}) must be at least 1")
+        self.encoder_block.require(where="model.encoder-block.")
+        self.decoder_block.require(where="model.decoder-block.")
 
     def gates(self) -> tuple[GateConfig, ...]:
         return (*self.encoder_block.gates(), *self.decoder_block.gates())

@@ -49,9 +49,12 @@ def token_losses(
             "softmax_samples to 0"
         )
     hidden_TD, label_T = hidden_BSD[mask_BS], label_BS[mask_BS]
-    rows = max(1, _MAX_LOGITS // softmax.weight.shape[0])
+    # Drawn here, so that all pieces have the same candidates, when they are computed again as well.
+    sample_S = softmax.draw() if softmax.training and softmax.num_samples else None
+    num_logits = len(softmax.bias) if sample_S is None else len(sample_S)
+    rows = max(1, _MAX_LOGITS // num_logits)
     pieces = list(zip(hidden_TD.split(rows), label_T.split(rows), strict=True))
-    losses = [_piece(softmax, *piece, label_smoothing, again=len(pieces) > 1) for piece in pieces]
+    losses = [_piece(softmax, *piece, sample_S, label_smoothing, again=len(pieces) > 1) for piece in pieces]
     nll_T, loss_T = (torch.cat(parts) for parts in zip(*losses, strict=True))
     zeros_BS = nll_T.new_zeros(mask_BS.shape)
     return TokenLosses(
@@ -60,11 +63,20 @@ def token_losses(
 
 
 def _piece(
-    softmax: OutputSoftmax, hidden_TD: Tensor, label_T: Tensor, label_smoothing: float, *, again: bool
+    softmax: OutputSoftmax,
+    hidden_TD: Tensor,
+    label_T: Tensor,
+    sample_S: Tensor | None,
+    label_smoothing: float,
+    *,
+    again: bool,
 ) -> tuple[Tensor, Tensor]:
     """nll and loss of some tokens. again: compute logits again for the gradient and keep none until then."""
 
     def compute(hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
+        if sample_S is not None:
+            nll_T = softmax.sampled_nll(hidden_TD, label_T, sample_S)
+            return nll_T, nll_T
         if not label_smoothing:
             nll_T = softmax.nll(hidden_TD, label_T)
             return nll_T, nll_T

@@ -87,7 +87,14 @@ class TranslationModel(LayeredModel):
         begins with the beginning-of-sentence id. Masks: bool, true for real tokens, which come first in each
         row; what stands in the padding has no influence. noise: standard normal, [B, steps, noise_width] by
         layer name; the gates draw their own where it is None.
+
+        Raises:
+            ValueError: sources and targets are not equally many, or noise has a name not in `noise_widths`.
         """
+        if len(source_BS) != len(target_BS):
+            raise ValueError(
+                f"source_BS ({len(source_BS)} rows) and target_BS ({len(target_BS)}) must pair up"
+            )
         memory, routings = self.encode(source_BS, source_mask_BS, noise=noise)
         out = self.decode(target_BS, memory, mask_BS=target_mask_BS, noise=noise)
         return TranslationOutput(
@@ -98,6 +105,7 @@ class TranslationModel(LayeredModel):
         self, source_BS: Tensor, mask_BS: Tensor, *, noise: Noise | None = None
     ) -> tuple[Memory, dict[str, Routing]]:
         """What the decoder sees of the sources, and routings. A source may be empty, not all columns."""
+        self.require_noise_names(noise)
         if source_BS.shape[1] == 0:
             raise ValueError("source_BS has no columns; pad empty sources to one masked token")
         x_BUD = self.dropout(self.embedding[self._source](source_BS))
@@ -118,6 +126,7 @@ class TranslationModel(LayeredModel):
         target_BS: int64. It may have a multiple of the memory's rows: then as many consecutive rows belong to
         each sentence. mask_BS: None where all tokens are real.
         """
+        self.require_noise_names(noise)
         x_BSD = self.dropout(self.embedding[self._target](target_BS))
         out = self.decoder(x_BSD, memory, state, mask_BS, _inner(noise, DECODER))
         return DecoderOutput(
