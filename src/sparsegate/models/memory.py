@@ -110,7 +110,7 @@ def require_memory(config: LanguageModelConfig, method: Method, *, available: in
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that are free on a GPU, or for a process on the CPU as Linux tells it; None where nobody tells."""
+    """Bytes that are free on a GPU, or for the CPU as Linux tells it; None where nobody tells."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if not MEMINFO.exists():
