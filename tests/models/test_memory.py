@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.planned_memory import CASES, row
 from sparsegate.models import FeedForwardLM, MixtureLM, RecurrentLM, build
-from sparsegate.models.memory import Memory, Method, training_memory
+from sparsegate.models.memory import Memory, Method, available_memory, require_memory, training_memory
 from sparsegate.recipes.registry import recipe
 from sparsegate.training.config import OptimConfig, RunConfig
 from sparsegate.training.making import with_optimizers
@@ -76,6 +76,17 @@ def test_the_papers_largest_model_has_about_a_billion_parameters_on_each_of_128_
     assert memory.experts == 4 * 1024 * 2 * 512 * 1024
     assert memory.experts / 4 == pytest.approx(1e9, rel=0.1)  # appendix D: "up to 1 billion"
     assert memory.others == of("news-moe-131072-h").others
+
+
+def test_a_model_that_is_too_large_is_refused_with_both_figures():
+    config, needed = recipe("moe-4096-h").model, of("moe-4096-h").peak
+    require_memory(config, Method(tokens=2048), available=needed)
+    with pytest.raises(
+        ValueError, match=r"model: training it takes about [0-9.]+ GiB, and 24\.0 GiB are free"
+    ):
+        require_memory(config, Method(tokens=2048), available=24 * 2**30)
+    free = available_memory(torch.device("cpu"))
+    assert free is None or free > 2**20
 
 
 @pytest.mark.nightly

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sparsegate.models.layers import Recurrent
+from sparsegate.training import memory
 from sparsegate.training.checkpoint import latest_checkpoint, load_checkpoint
 from sparsegate.training.config import OptimConfig, RunConfig
 from sparsegate.training.loop import train
@@ -184,3 +185,14 @@ def test_options_that_need_others_say_so(data: Path, optim: Any, others: Any, me
             training=replace(config.training, micro_batches=others.get("micro_batches", 1)),
             model=replace(config.model, expert_dtype=others.get("expert_dtype", "float32")),
         )
+
+
+def test_a_model_larger_than_what_is_free_is_refused_with_both_figures_before_anything_is_made(
+    config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(memory, "available_memory", lambda device: 1 << 10)
+    with pytest.raises(
+        ValueError, match=r"^model: training it takes about .* GiB, and 0.0 GiB are free; use "
+    ):
+        train(config, folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

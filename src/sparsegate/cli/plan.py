@@ -15,7 +15,8 @@ from ..models.memory import BFLOAT16, FLOAT32, Memory, Method, training_memory
 from ..recipes.cluster import Machine, gibibytes, lay_out, rows_per_expert
 from ..recipes.planner import multiply_adds_per_number, plan
 from ..recipes.registry import RECIPES, recipe
-from ..training.config import ContinuousConfig, RunConfig, SentencesConfig
+from ..training.config import RunConfig
+from ..training.memory import batch_tokens, method_of
 from .verb import Parser, Verb
 
 if TYPE_CHECKING:
@@ -98,19 +99,6 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def method_of(config: RunConfig) -> Method:
-    """How the model is trained."""
-    model, optim = config.model, config.optim
-    return Method(
-        tokens=-(-batch_tokens(config) // config.training.micro_batches),
-        experts=optim.experts,
-        expert_bytes=BFLOAT16 if "bfloat16" in model.expert_dtypes() else FLOAT32,
-        in_backward=optim.in_backward,
-        sparse_rows=optim.tables == "rows",
-        recompute=isinstance(model, MixtureLM) and model.recompute,
-    )
-
-
 def machine_of(args: Namespace) -> Machine | None:
     """The machine that was described, the rest of it by default; None where none was."""
     names = (f.name for f in fields(Machine))
@@ -118,15 +106,6 @@ def machine_of(args: Namespace) -> Machine | None:
     if "memory" in given:
         given["memory"] = int(given["memory"])
     return Machine(**given) if given else None
-
-
-def batch_tokens(config: RunConfig) -> int:
-    """Tokens of a batch, about."""
-    batches = config.batches
-    if isinstance(batches, ContinuousConfig):
-        return batches.batch_size * batches.num_steps
-    assert isinstance(batches, SentencesConfig)
-    return batches.batch_words
 
 
 def _print(

@@ -97,7 +97,12 @@ def run(args: Namespace) -> int:
     for name in study.models:
         ops = plan(study.run_config(name).model).ops_per_timestep
         console.print(f"{name}: {ops:,} multiply-adds for each word")
-    runner = Runner(study=study, folder=args.out, console=console, say=console.print)
+    runner = Runner(
+        study=study,
+        folder=args.out,
+        console=console,
+        say=lambda text: console.print(text, markup=False, soft_wrap=True),
+    )
     try:
         runner.run(lambda: report(args.out, study, None))
     except Stopped:

@@ -13,6 +13,7 @@ from .checkpoint import latest_checkpoint
 from .config import RunConfig
 from .lock import run_lock
 from .making import make_state, over_ranks, resolve_device, start_from
+from .memory import require_memory_for
 from .ranks import ALONE, Ranks, ranks_of_process
 from .reporter import Reporter, Silence
 from .run_folder import (
@@ -59,6 +60,7 @@ def train(
             task = open_task(config)
             config = task.config
             check_run_folder(folder, config, resume=resume)
+            require_memory_for(config)
         ranks.require_same(what_is_learned(config))
         with ranks.together():
             reporter = make_reporter(config, folder, console, ranks)
