@@ -156,7 +156,7 @@ def _frame(figure: Figure, axes: Axes, title: str, what: str, rows: Sequence[Row
     for kind, color in COLORS.items():
         if any(row.kind == kind for row in rows):
             axes.plot([], [], MARKERS[kind], color=color, ms=6, label=kind)
-    axes.legend(loc="upper right", frameon=False, fontsize=9, labelcolor=INK)
+    axes.legend(loc="best", frameon=False, fontsize=9, labelcolor=INK)
     over = {f"over {len(row.seeds)} seeds" if len(row.seeds) > 1 else "over test text" for row in rows}
     figure.supxlabel(
         f"bars: 95% intervals, {' or '.join(sorted(over))}", x=0.01, ha="left", fontsize=9, color=INK
