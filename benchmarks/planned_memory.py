@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 
 from sparsegate.benchmarking.measuring import circumstances, markdown, store
+from sparsegate.cli.plan import method_of
 from sparsegate.data import prepare
-from sparsegate.models.memory import Method, training_memory
+from sparsegate.models.memory import training_memory
 from sparsegate.recipes.registry import recipe
-from sparsegate.training.config import ContinuousConfig, RunConfig
+from sparsegate.training.config import RunConfig
 from sparsegate.training.loop import train
 from sparsegate.training.overrides import replace_by_path
 
@@ -34,6 +35,16 @@ CASES: dict[str, tuple[str, dict[str, object], int]] = {
     "256 experts, flat, 4,096 tokens": ("small-moe-256", {"batches.batch_size": 128}, 4000),
     "60,000 words": ("small-moe-32", {}, 60_000),
     "LSTMs, 60,000 words, sampled softmax": ("small-4xlstm", {"model.softmax_samples": 2048}, 60_000),
+    "LSTMs, 60,000 words, sampled softmax, tables by rows": (
+        "small-4xlstm",
+        {"model.softmax_samples": 2048, "optim.tables": "rows"},
+        60_000,
+    ),
+    "4,096 experts, bfloat16, in backward": (
+        "small-moe-4096-h",
+        {"optim.experts": "factored", "optim.in_backward": True, "model.expert_dtype": "bfloat16"},
+        4000,
+    ),
     "LSTMs, 8,192 tokens": ("small-4xlstm", {"batches.batch_size": 256}, 4000),
     "LSTMs, 8,192 tokens in 4 parts": (
         "small-4xlstm",
@@ -91,10 +102,8 @@ def config_of(name: str) -> RunConfig:
 
 def predict(name: str) -> int:
     config, vocabulary = config_of(name), CASES[name][2]
-    assert isinstance(config.batches, ContinuousConfig)
-    tokens = config.batches.batch_size * config.batches.num_steps // config.training.micro_batches
     model = replace(config.model, vocab_size=vocabulary)
-    return training_memory(model, Method(tokens=tokens, experts=config.optim.experts)).peak
+    return training_memory(model, method_of(config)).peak
 
 
 def measure(name: str, folder: Path) -> int:

@@ -42,6 +42,22 @@ def test_weights_gradients_and_state_are_those_of_a_model_that_is_trained(config
     assert memory.optimizer == sum(t.nbytes for s in state for name, t in s.items() if name != "step")
 
 
+@pytest.mark.parametrize("samples", [0, 4])
+def test_the_state_of_tables_with_sparse_gradients_is_that_of_their_optimizer(samples: int):
+    config = replace(MODELS[3], softmax_samples=samples)
+    model = build(config).train()
+    optimizers = with_optimizers(
+        model, RunConfig(name="any", model=config, optim=OptimConfig(tables="rows"))
+    ).optimizers
+    token_BS = torch.randint(11, (2, 5))
+    model.softmax.nll(model(token_BS).hidden_BSD, token_BS).mean().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    state = [s for optimizer in optimizers for s in optimizer.state.values()]
+    found = sum(t.nbytes for s in state for name, t in s.items() if name != "step")
+    assert training_memory(config, replace(METHOD, sparse_rows=True)).optimizer == found
+
+
 def of(name: str, **method: object) -> Memory:
     return training_memory(recipe(name).model, Method(**{"tokens": 2048, **method}))
 

@@ -76,7 +76,7 @@ def training_memory(config: LanguageModelConfig, method: Method) -> Memory:
     expert_gradients = _one_of_each(stacks) if method.in_backward else experts
     tables = _table_gradients(config, method)
     other_gradients = num_others * FLOAT32 + tables
-    optimizer = (num_tables + num_others) * 2 * FLOAT32 + _expert_state(stacks, method)
+    optimizer = num_others * 2 * FLOAT32 + _table_state(config, method) + _expert_state(stacks, method)
     activations = _activations(config, model, method)
     softmax = _softmax(config, method.tokens)
     weights = experts + (num_tables + num_others) * FLOAT32
@@ -129,6 +129,13 @@ def _expert_state(stacks: Sequence[torch.Size], method: Method) -> int:
     if method.experts == "adam":
         return sum(shape.numel() for shape in stacks) * 2 * FLOAT32
     return sum(shape[0] * ((shape[-2] + shape[-1]) * FLOAT32 + STEP) for shape in stacks)
+
+
+def _table_state(config: LanguageModelConfig, method: Method) -> int:
+    """Two moments of every number, or of a table with sparse gradients the first one and eight bytes a row."""
+    whole, by_rows = 2 * config.width * FLOAT32, config.width * FLOAT32 + 8
+    softmax = by_rows if method.sparse_rows and config.softmax_samples else whole
+    return config.vocab_size * ((by_rows if method.sparse_rows else whole) + softmax + 2 * FLOAT32)
 
 
 def _one_of_each(stacks: Sequence[torch.Size]) -> int:
