@@ -132,7 +132,7 @@ def _expert_state(stacks: Sequence[torch.Size], method: Method) -> int:
 
 
 def _table_state(config: LanguageModelConfig, method: Method) -> int:
-    """Two moments of every number, or of a table with sparse gradients the first one and eight bytes a row."""
+    """Two moments of every number, or with sparse gradients the first one and eight bytes for each row."""
     whole, by_rows = 2 * config.width * FLOAT32, config.width * FLOAT32 + 8
     softmax = by_rows if method.sparse_rows and config.softmax_samples else whole
     return config.vocab_size * ((by_rows if method.sparse_rows else whole) + softmax + 2 * FLOAT32)
