@@ -26,8 +26,7 @@ EXAMPLE = """
 sparsegate plan moe-256
 sparsegate plan moe-32 --model.num-experts 64 --json
 sparsegate plan news-moe-65536-h --devices 64 --memory 80GiB --optim.experts factored
-sparsegate plan moe-4096-h --memory 24GiB --model.expert-dtype bfloat16 --optim.experts factored \\
-  --optim.in-backward true
+sparsegate plan moe-4096-h --memory 24GiB --optim.experts factored --optim.in-backward true
 sparsegate plan translation-moe-2048-h
 """
 
