@@ -1,6 +1,9 @@
 import json
 import shlex
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,7 +12,7 @@ from sparsegate.cli import evaluate
 from sparsegate.cli.main import main
 from sparsegate.data import Dataset
 from sparsegate.models.gates import ExpertChoiceGate
-from tests.helpers.runs import make_run
+from tests.helpers.runs import make_run, make_translation_dataset
 
 
 @pytest.fixture(autouse=True)
@@ -86,3 +89,86 @@ def test_a_model_that_sees_the_future_is_named(book: Path, capsys: pytest.Captur
     out, err = capsys.readouterr()
     assert json.loads(out)["sees_later_tokens"] is False
     assert err == ""
+
+
+def translated(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    assert main(["evaluate", *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_sacrebleu_says_the_same_of_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Its own command line, on what stands in the folder."""
+    found = translated(
+        capsys, "runs/en-fr", "--resamples", "100", "--beam", "2", "--out", str(tmp_path / "o")
+    )
+    files = [str(tmp_path / "o" / f"en-fr.{name}.txt") for name in ("references", "hypotheses")]
+    command = [sys.executable, "-m", "sacrebleu", files[0], "-i", files[1], "-m", "bleu", "chrf", "-w", "6"]
+    program = subprocess.run(
+        [*command, "--confidence", "--confidence-n", "100"], capture_output=True, text=True
+    )
+    if program.returncode:  # it fails where a resampled score is 0
+        program = subprocess.run(command, capture_output=True, text=True, check=True)
+    theirs = json.loads(program.stdout)
+    ours = found["pairs"]["en-fr"]["scores"]
+    assert [each["name"] for each in ours] == [each["name"] for each in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["value"] == pytest.approx(other["score"], abs=1e-5)
+    assert json.loads((tmp_path / "o" / "scores.json").read_text()) == found
+    assert len(Path(files[1]).read_text().splitlines()) == found["pairs"]["en-fr"]["translated"] == 12
+
+
+def test_translations_stand_in_the_folder_of_the_run(capsys: pytest.CaptureFixture[str]):
+    assert main(["evaluate", "runs/many", "--split", "valid", "--greedy", "--sentences", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "en-fr" in out
+    assert "fr-en" in out
+    folder = Path("runs/many/translations/valid-step-10")
+    assert sorted(file.name for file in folder.iterdir()) == [
+        *(f"{pair}.{what}.txt" for pair in ("en-fr", "fr-en") for what in ("hypotheses", "references")),
+        "scores.json",
+    ]
+    assert main(["evaluate", "runs/many", "--pair", "fr-en", "--greedy", "--sentences", "3", "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)["pairs"]) == ["fr-en"]
+
+
+def test_a_run_is_compared_with_another_and_with_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    plain = ["--greedy", "--resamples", "50"]
+    translated(capsys, "runs/dense", *plain, "--out", str(tmp_path / "dense"))
+    with_run = translated(capsys, "runs/en-fr", *plain, "--against", "runs/dense")
+    file = tmp_path / "dense" / "en-fr.hypotheses.txt"
+    with_file = translated(capsys, "runs/en-fr", *plain, "--against", str(file))
+    compared = with_run["pairs"]["en-fr"]["compared"]
+    assert compared == with_file["pairs"]["en-fr"]["compared"]
+    assert [each["name"] for each in compared] == ["BLEU", "chrF2"]
+    chrf = with_run["pairs"]["en-fr"]["scores"][1]["value"]
+    assert compared[1]["system"] == pytest.approx(chrf)
+    assert 0 < compared[1]["p_value"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("runs/en-fr --part first-half", "--part: is for language models"),
+        ("runs/en-fr --pair en-de", "test has no pair 'en-de', but en-fr"),
+        ("runs/en-fr --sentences 0", "--sentences (0) must be at least 1"),
+        ("runs/en-fr --resamples -1", "resamples (-1) must not be negative"),
+        ("runs/en-fr --against nowhere", "nowhere: No such file"),
+        ("runs/en-fr --against runs/book", "runs/book: is the run of a language model"),
+        ("runs/en-fr --data datasets/other", "not a translation dataset"),
+        ("runs/en-fr --data elsewhere/dataset", "made with other subwords"),
+        ("runs/many --against pairs/en-fr.tsv", "is one file for 2 pairs; choose one by --pair"),
+        ("runs/book --beam 3", "--beam: is for translation models; leave it out"),
+        ("runs/book --against runs/en-fr", "--against: is for translation models"),
+    ],
+)
+def test_what_does_not_fit_the_kind_of_model_is_refused(
+    words: str, message: str, book: Path, capsys: pytest.CaptureFixture[str]
+):
+    if not (book / "elsewhere").exists():
+        make_translation_dataset(book / "elsewhere", lines=["other words stand here"] * 20)
+    given = [] if "runs/book" in words.split()[:1] else ["--greedy"]
+    assert main(["evaluate", *words.split(), *given]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert err.count("\n") == 1

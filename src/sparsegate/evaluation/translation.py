@@ -203,36 +203,6 @@ def _interval(metric: Any, hypotheses: Sequence[str], references: Sequence[str],
     return (values[-1 - outside] - values[outside]) / 2
 
 
-def _interval(metric: Any, hypotheses: Sequence[str], references: Sequence[str], resamples: int) -> float:
-    """Half the width of the 95% interval over resampled test sets.
-
-    As sacrebleu finds it in `corpus_score`, which fails where some of the resampled scores are 0: they are of
-    another type than the others.
-    """
-    statistics = metric._extract_corpus_statistics(hypotheses, [references])
-    resample = _imported("sacrebleu.significance")._bootstrap_resample
-    metric.n_bootstrap = resamples  # both stand in the signature
-    metric.seed, results = resample(statistics, metric, resamples)
-    values = sorted(float(result.score) for result in results)
-    outside = len(values) // 40
-    return (values[-1 - outside] - values[outside]) / 2
-
-
-def _interval(metric: Any, hypotheses: Sequence[str], references: Sequence[str], resamples: int) -> float:
-    """Half the width of the 95% interval over resampled test sets.
-
-    As sacrebleu finds it in `corpus_score`, which fails where some of the resampled scores are 0: they are of
-    another type than the others.
-    """
-    statistics = metric._extract_corpus_statistics(hypotheses, [references])
-    resample = _imported("sacrebleu.significance")._bootstrap_resample
-    metric.n_bootstrap = resamples  # both stand in the signature
-    metric.seed, results = resample(statistics, metric, resamples)
-    values = sorted(float(result.score) for result in results)
-    outside = len(values) // 40
-    return (values[-1 - outside] - values[outside]) / 2
-
-
 def _metrics(target_language: str | None) -> dict[str, Any]:
     metrics = _imported("sacrebleu.metrics")
     language = (target_language or "").split("_")[0]

@@ -47,7 +47,7 @@ def average(run: Path, *, steps: Sequence[int], output: Path) -> None:
         ValueError, OSError: one line: `output` exists, or a checkpoint is damaged.
     """
     config, vocabulary = read_run_config(run), load_vocabulary(run / VOCABULARY)
-    with new_directory(output, key=secrets.token_hex(4)) as folder:
+    with new_directory(output, key=secrets.token_hex(8)) as folder:
         last, *others = (checkpoints_of(run) / checkpoint_name(step) for step in sorted(steps, reverse=True))
         newest = load_checkpoint(last)
         weights = _mean_weights(newest, map(load_checkpoint, others))
