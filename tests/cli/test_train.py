@@ -136,3 +136,57 @@ def test_an_absurd_learning_rate_ends_with_exit_code_4_and_an_intact_checkpoint(
     again = main(words(data, tmp_path / "run", "--resume", *absurd.split(), "--training.max-nonfinite", "3"))
     assert again == 4
     assert saved_steps(tmp_path / "run")
+
+
+def test_the_translation_quickstart_makes_its_text_and_translates(tmp_path: Path, capsys: Capture):
+    """The short form, cut down until it is tiny."""
+    out = tmp_path / "run"
+    tiny = (
+        "--model.width 8 --model.lstm-units 8 --model.lstm-projection 0 --model.encoder-block.hidden 8 "
+        "--model.decoder-block.hidden 8 --training.steps 4 --training.evaluate-every 2"
+    )
+    assert main(["train", "quickstart-translation", "--short", "--out", str(out), *tiny.split()]) == 0
+    told = capsys.readouterr()
+    assert told.err.count("BLEU") == 2
+    assert "lines that it has not seen" in told.out
+    bleu = [line["valid/bleu"] for line in read_log(out / "log.jsonl") if line["kind"] == "evaluation"]
+    assert len(bleu) == 2
+    assert (tmp_path / "run-data" / "translation.json").is_file()
+    again = ["train", "quickstart-translation", "--short", "--out", str(out), "--resume"]
+    assert main([*again, "--training.steps", "5"]) == 0
+    assert saved_steps(out)[0] == 5
+
+
+@pytest.mark.nightly
+def test_the_short_form_learns(tmp_path: Path):
+    assert main(["train", "quickstart-translation", "--short", "--out", str(tmp_path / "run")]) == 0
+    lines = [line for line in read_log(tmp_path / "run" / "log.jsonl") if line["kind"] == "evaluation"]
+    assert lines[-1]["valid/perplexity"] < 10
+    assert lines[-1]["valid/bleu"] > 1 > lines[0]["valid/bleu"]
+
+
+WRONG_KINDS = {
+    "small-translation-moe-32 --batches.kind sentences": "batches.kind (sentences) must be parallel with a",
+    "small-moe-4 --batches.kind parallel": "batches.kind (parallel) must be continuous or sentences",
+    "small-moe-4 --model.kind translation": "model.encoder_block: is missing; it has no default",
+    "small-moe-4 --losses.label-smoothing 0.1": "losses.label-smoothing (0.1) must be 0 with a language",
+    "small-moe-4 --training.bleu-sentences 5": "training.bleu-sentences (5) must be 0 with a language model",
+    "small-translation-lstm --losses.label-smoothing 0.1 --model.softmax-samples 9": "must be 0 with model",
+    "small-translation-lstm --losses.label-smoothing 1": "must be at least 0 and below 1",
+    "small-translation-lstm --batches.temperature 0.5": "batches.temperature (0.5) must be from 1 to 1000",
+    "small-translation-lstm --optim.constant-steps -1": "optim.constant-steps (-1) must be at least 0",
+    "small-translation-moe-32 --losses.threshold 0": "losses.threshold (0.0) must be above 0 with a balanced",
+    "small-translation-lstm": "not a translation dataset",
+    "small-moe-4 --short": "--short: is for quickstart-translation",
+}
+
+
+@pytest.mark.parametrize("line", WRONG_KINDS)
+def test_what_does_not_fit_the_kind_of_model_is_refused(
+    line: str, data: Path, tmp_path: Path, capsys: Capture
+):
+    assert main(["train", *line.split(), "--data", str(data), "--out", str(tmp_path / "run")]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert WRONG_KINDS[line] in told
+    assert list(tmp_path.iterdir()) == []

@@ -30,3 +30,14 @@ def test_the_peak_is_reached_at_the_end_of_the_warm_up_and_nowhere_else(warmup: 
 def test_without_a_warm_up_the_first_step_has_the_peak():
     rates = [warmup_then_inverse_sqrt(step=step, peak=2.0, warmup_steps=0) for step in (1, 4, 100)]
     assert rates == [2.0, 1.0, 0.2]
+
+
+@given(step=STEPS, warmup=WARMUPS, constant=st.integers(0, 10**5))
+def test_after_the_warm_up_it_stays_and_then_falls_without_a_jump(step: int, warmup: int, constant: int):
+    rate = warmup_then_inverse_sqrt(step=step, peak=2.0, warmup_steps=warmup, constant_steps=constant)
+    if step <= warmup:
+        assert rate == pytest.approx(2.0 * step / warmup, rel=1e-12)
+    elif step <= warmup + constant:
+        assert rate == 2.0
+    else:
+        assert rate == pytest.approx(2.0 * ((warmup + constant) / step) ** 0.5, rel=1e-12)

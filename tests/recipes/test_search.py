@@ -6,26 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from sparsegate.data import Dataset
 from sparsegate.recipes import search as module
 from sparsegate.recipes.search import Trial, search
 from sparsegate.training.config import RunConfig
 from sparsegate.training.loop import Run, train
 from sparsegate.training.run_folder import read_run_config
-from tests.helpers.runs import make_dataset
-from tests.helpers.tiny_runs import tiny_run
+from tests.helpers.tiny_runs import TINY_DATASETS, TINY_RUNS
 
 RATES, DROPOUTS = [1e-4, 3e-2], [0.0, 0.2]
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return make_dataset(tmp_path_factory.mktemp("text") / "text", lines=["a b c d e f g"] * 100)
-
-
-@pytest.fixture
-def config(dataset: Dataset) -> RunConfig:
-    config = tiny_run(dataset.directory, steps=8, evaluate_every=4, checkpoint_every=4)
+@pytest.fixture(scope="module", params=TINY_RUNS)
+def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    folder = tmp_path_factory.mktemp("text") / "text"
+    dataset = TINY_DATASETS[request.param](folder, lines=["a b c d e f g"] * 100)
+    config = TINY_RUNS[request.param](dataset.directory, steps=8, evaluate_every=4, checkpoint_every=4)
     return replace(config, optim=replace(config.optim, warmup_steps=1))
 
 

@@ -347,6 +347,16 @@ def test_what_cannot_be_done_is_refused_in_one_line(config: RunConfig, tmp_path:
         train(with_training(config, **changes), folder=tmp_path / "run")
 
 
+def test_translations_that_would_depend_on_each_other_are_refused_before_the_first_step(
+    datasets: dict[str, Path], tmp_path: Path
+):
+    config = with_gates(TINY_RUNS["translation"](datasets["translation"], steps=1), "expert_choice")
+    with pytest.raises(ValueError, match="a translation would depend on its neighbours"):
+        train(with_training(config, bleu_sentences=3), folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert train(config, folder=tmp_path / "run").evaluation is not None
+
+
 def test_a_folder_that_holds_something_else_is_left_alone(config: RunConfig, tmp_path: Path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("years of work")

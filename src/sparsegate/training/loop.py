@@ -118,6 +118,7 @@ class Run:
         self.folder = folder
         self.reporter = reporter
         self.state = make_state(self.config)
+        task.require_measurable(self.state.model)
         if self.config.training.init_from and not saved_steps(folder):
             start_from(self.state.model, Path(self.config.training.init_from), task.dataset)
         self.ranks = ranks

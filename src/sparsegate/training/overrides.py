@@ -192,7 +192,7 @@ def _change_kind(cls: type, data: dict[str, Any], path: str, kind: object) -> No
     kept = {key: value for key, value in section[name].items() if new.get(key) == old[key]}
     # Its own sections are there, as they are by default, for paths that lead into them.
     for inner in dataclasses.fields(cls):
-        if _sections(new[inner.name]):
+        if _sections(new[inner.name]) and inner.default is not dataclasses.MISSING:
             kept.setdefault(inner.name, TypeAdapter(new[inner.name]).dump_python(inner.default, mode="json"))
     section[name] = {**kept, "kind": kind}
 

@@ -33,6 +33,9 @@ class LanguageTask(Task[LanguageModel]):
         state = carried if batch.carries_state else {}
         return list(language_parts(model, batch, state, self.config, ranks))
 
+    def require_measurable(self, model: LanguageModel) -> None:
+        """Every model has a likelihood."""
+
     def evaluate(self, model: LanguageModel) -> Evaluation:
         return evaluate(
             model,

@@ -91,5 +91,9 @@ class Task(ABC, Generic[Model]):
         """
 
     @abstractmethod
+    def require_measurable(self, model: Model) -> None:
+        """ValueError for a model that `evaluate` could not measure as it is asked to."""
+
+    @abstractmethod
     def evaluate(self, model: Model) -> Measured:
         """Measure on the validation split."""

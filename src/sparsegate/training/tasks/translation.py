@@ -7,6 +7,8 @@ from pathlib import Path
 from torch import Tensor
 
 from ...data.parallel import TranslationBatch, TranslationBatches, TranslationDataset
+from ...decoding.inference import evaluation_mode
+from ...decoding.target import require_independence
 from ...evaluation.translating import TranslationEvaluation, evaluate_pairs
 from ...evaluation.translation import require_scores
 from ...models.translation import TranslationModel, token_losses
@@ -53,6 +55,11 @@ class TranslationTask(Task[TranslationModel]):
     def parts(self, model: TranslationModel, batch_index: int, carried: State, ranks: Ranks) -> list[Part]:
         # Each pair begins anew: there is no state to carry.
         return list(translation_parts(model, self.batches.batch(batch_index), self.config, ranks))
+
+    def require_measurable(self, model: TranslationModel) -> None:
+        if self.config.training.bleu_sentences:
+            with evaluation_mode(model):
+                require_independence(model)
 
     def evaluate(self, model: TranslationModel) -> TranslationEvaluation:
         num_translated = self.config.training.bleu_sentences
