@@ -20,6 +20,7 @@ from benchmarks.equal_computation import shortened
 from sparsegate.benchmarking.measuring import circumstances
 from sparsegate.evaluation.translation import compare, write_lines
 from sparsegate.inspection.balance import balance_metrics
+from sparsegate.models.translation import BlockConfig, NoBlock, Translation
 from sparsegate.recipes.load import load, require_translation
 from sparsegate.recipes.planner import plan
 from sparsegate.recipes.registry import recipe
@@ -44,7 +45,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for seed in args.seeds:
         for name in args.models:
-            config = replace(recipe(name), data=str(args.data), seed=0)
+            config = replace(at_width(recipe(name), args.width), data=str(args.data), seed=0)
             rate = best_rate(config, args)
             config = replace(config, seed=seed, optim=replace(config.optim, learning_rate=rate))
             row = measured(shortened(config, args.steps), args)
@@ -54,6 +55,34 @@ def main() -> None:
                 args.out / "results.json", {**circumstances(), "steps": args.steps, "rows": rows}
             )
             print(table(rows), flush=True)
+
+
+def at_width(config: RunConfig, width: int | None) -> RunConfig:
+    """The recipe with all its sizes in proportion to another width; None leaves it as it is."""
+    if width is None:
+        return config
+    model = config.model
+    assert isinstance(model, Translation), config.name
+    assert model.lstm_projection is not None, config.name
+
+    def scaled(size: int) -> int:
+        return size * width // model.width
+
+    def scaled_block(block: BlockConfig) -> BlockConfig:
+        return block if isinstance(block, NoBlock) else replace(block, hidden=scaled(block.hidden))
+
+    return replace(
+        config,
+        model=replace(
+            model,
+            width=width,
+            lstm_units=scaled(model.lstm_units),
+            lstm_projection=scaled(model.lstm_projection),
+            attention_width=scaled(model.attention_width),
+            encoder_block=scaled_block(model.encoder_block),
+            decoder_block=scaled_block(model.decoder_block),
+        ),
+    )
 
 
 def best_rate(config: RunConfig, args: argparse.Namespace) -> float:
@@ -166,6 +195,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--models", nargs="+", default=MODELS, help="the first one is the baseline")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument(
+        "--width", type=int, help="of the models, all sizes in proportion (default: the recipe's)"
+    )
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[4e-3])
     parser.add_argument("--search-steps", type=int, default=300)
