@@ -1,11 +1,11 @@
-"""The Triton kernels on a CUDA device: checked, tuned and timed, forward and backward, beside `F.grouped_mm`.
+"""The Triton kernels on a CUDA device: checked, tuned and timed, forward and backward, beside peers.
 
     python -m benchmarks.gpu
 
-bfloat16, experts from a fixed routing with balanced counts. roof: the rate of a dense product of 8,192 cubed
-in the same call; GB/s: of the experts' weights, read once in forward. Peak memory is beyond what was there
-before the step, weight gradients included. Rows are stored one by one, and rows that are stored are not
-measured again.
+bfloat16, experts from a fixed routing with balanced counts, and the whole layer with noisy top-k and its
+losses. Who computes wrongly is not timed. roof: the rate of a dense product of 8,192 cubed in the same call;
+GB/s: of the experts' weights, read once in forward. Peak memory is beyond what was there before the step,
+weight gradients included. Rows are stored one by one, and rows that are stored are not measured again.
 """
 
 import argparse
@@ -15,34 +15,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import RESULTS
+from benchmarks.gpu_contestants import CONTESTANTS, Built, Case, Operands, operands, ours, plain
 from sparsegate.benchmarking.measuring import circumstances, markdown
-from sparsegate.moe.dispatch import Plan, combine, dispatch, plan_rows
-from sparsegate.moe.kernels import reference
-from sparsegate.moe.routing import LogitSums, Routing
-
-
-class Case(NamedTuple):
-    """Tokens, width, hidden width, experts, experts of a token, activation."""
-
-    tokens: int
-    width: int
-    hidden: int
-    experts: int
-    k: int
-    activation: str
-
-    def ops(self) -> int:
-        """Of the forward pass, two for each multiply-add."""
-        matrices = 3 if self.activation == "swiglu" else 2
-        return 2 * matrices * self.tokens * self.k * self.width * self.hidden
-
 
 _SONIC = [
     (40960, 768, [(256, 128, 8), (512, 64, 4), (1024, 32, 2)]),
@@ -62,91 +42,98 @@ FAMILIES: dict[str, list[Case]] = {
         Case(32768, 2048, 1024, 64, 8, "swiglu"),
         Case(8192, 2048, 768, 128, 8, "swiglu"),
         Case(32768, 2048, 768, 128, 8, "swiglu"),
+        Case(32768, 2048, 512, 512, 10, "swiglu"),
     ],
     "swiglu": _sonic("swiglu"),
     "relu": _sonic("relu"),
+    "few": [
+        *(Case(tokens, 2048, 768, 128, 8, "swiglu") for tokens in (1, 8, 64, 256)),
+        *(Case(tokens, 512, 1024, 4096, 4, "relu") for tokens in (1, 8, 64, 256)),
+    ],
 }
 
 
-def operands(case: Case, device: str, dtype: torch.dtype) -> tuple[list[Tensor], Plan]:
-    """x, w_in, w_out, gate weights that need gradients, and the plan of a random routing."""
-    columns = case.hidden * (2 if case.activation == "swiglu" else 1)
-    score_TE = torch.rand(case.tokens, min(case.experts, 4096), device=device)
-    expert_TK = score_TE.topk(case.k).indices * (case.experts // score_TE.shape[1])
-    weight_TK = torch.rand(case.tokens, case.k, device=device)
-    expert_TK += torch.randint(case.experts // score_TE.shape[1], expert_TK.shape, device=device)
-    routing = Routing.of_token_choice(
-        logit_sums=LogitSums(weight_TK.new_zeros(1, case.experts), weight_TK.new_zeros(())),
-        expert_TK=expert_TK,
-        weight_TK=weight_TK,
-        mask_T=None,
-        load_E=weight_TK.new_zeros(case.experts),
-    )
-    sizes = (case.experts, case.width, columns), (case.experts, case.hidden, case.width)
-    made = [torch.randn(case.tokens, case.width, device=device, dtype=dtype)]
-    made += [torch.randn(size, device=device, dtype=dtype).mul_(size[1] ** -0.5) for size in sizes]
-    return [t.requires_grad_() for t in (*made, routing.weight_N.detach())], plan_rows(routing)
-
-
-def composed(product: Any, given: list[Tensor], plan: Plan, activation: str) -> Tensor:
-    """The layer with any grouped product."""
-    x_TD, w_in_EDS, w_out_EHD, weight_N = given
-    pre_NS = product(dispatch(x_TD, plan), w_in_EDS, plan.end_E)
-    gate_NH, *up_NH = pre_NS.chunk(2, dim=-1) if activation == "swiglu" else (pre_NS,)
-    hidden_NH = F.silu(gate_NH) * up_NH[0] if up_NH else gate_NH.relu()
-    return combine(product(hidden_NH, w_out_EHD, plan.end_E), plan, weight_N).to(x_TD.dtype)
-
-
-def grouped_mm(rows_ND: Tensor, weight_EDH: Tensor, end_E: Tensor) -> Tensor:
-    return F.grouped_mm(rows_ND, weight_EDH, offs=end_E.to(torch.int32))
-
-
-def ours(given: list[Tensor], plan: Plan, activation: str) -> Tensor:
-    from sparsegate.moe.kernels.triton.feed_forward import feed_forward
-
-    return feed_forward(*given, plan, activation)
-
-
 def check(case: Case, device: str, dtype: torch.dtype) -> float:
-    """Greatest error of values and gradients against float32 products, relative to the greatest value."""
-    given, plan = operands(case, device, dtype)
-    wide = [t.detach().float().requires_grad_() for t in given]
-    y_TD, expected_TD = (
-        ours(given, plan, case.activation),
-        composed(reference.grouped_product, wide, plan, case.activation),
-    )
+    """Greatest error of our values and gradients against float32 products, relative to the greatest value."""
+    given = operands(case, device, dtype)
+    wide = Operands(*(t.detach().float().requires_grad_() for t in given.leaves()), given.routing)
+    built, expected_TD = ours(case, given), plain(wide, case.activation)
+    (y_TD,) = built.call()
     grad_TD = torch.randn_like(expected_TD)
-    found = y_TD, *torch.autograd.grad(y_TD, given, grad_TD.to(y_TD.dtype))
-    expected = expected_TD, *torch.autograd.grad(expected_TD, wide, grad_TD)
-    return max(
-        float((a.detach().float() - b.detach()).abs().max() / b.detach().abs().max())
-        for a, b in zip(found, expected, strict=True)
-    )
+    found = y_TD, *torch.autograd.grad(y_TD, built.leaves, grad_TD.to(y_TD.dtype))
+    expected = expected_TD, *torch.autograd.grad(expected_TD, wide.leaves(), grad_TD)
+    return max(map(_error, found, expected))
 
 
-def measure(case: Case, name: str, call: Any, roof: float) -> dict[str, Any]:
+def wrongness(built: Built, given: Operands, activation: str) -> float:
+    """Greatest error of a contestant's output and gradient of x against plain products in the same dtype."""
+    if not built.comparable:
+        return 0.0
+    y_TD, *_ = built.call()
+    expected_TD = plain(given, activation)
+    grad_TD = torch.randn_like(expected_TD)
+    (found,) = torch.autograd.grad(y_TD, built.leaves[:1], grad_TD)
+    (expected,) = torch.autograd.grad(expected_TD, [given.x_TD], grad_TD)
+    return max(_error(y_TD, expected_TD), _error(found, expected))
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    difference, greatest = (found.detach() - expected.detach()).abs().max(), expected.detach().abs().max()
+    return float(difference / greatest)
+
+
+def step(built: Built, grad_TD: Tensor) -> None:
+    """Forward and backward with all gradients."""
+    outputs = built.call()
+    grads = [grad_TD, *(torch.ones_like(loss) for loss in outputs[1:])]
+    torch.autograd.grad(outputs, built.leaves, grads)
+
+
+def captured(case: Case) -> bool:
+    """Whether a step of the whole layer goes into a CUDA graph: nothing in it waits for the device."""
+    given = operands(case, "cuda", torch.bfloat16)
+    built, grad_TD = CONTESTANTS["triton, whole layer"](case, given), torch.randn_like(given.x_TD)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(built, grad_TD)
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            step(built, grad_TD)
+    except RuntimeError as error:
+        print(f"CUDA graph: {str(error).splitlines()[0]}", file=sys.stderr)
+        return False
+    graph.replay()
+    torch.cuda.synchronize()
+    return True
+
+
+def measure(case: Case, name: str, roof: float) -> dict[str, Any]:
     """One row of the table, in tera-operations per second."""
     from triton.testing import do_bench
 
-    given, plan = operands(case, "cuda", torch.bfloat16)
-    grad_TD = torch.randn_like(given[0])
-
-    def step() -> None:
-        torch.autograd.grad(call(given, plan, case.activation), given, grad_TD)
-
-    step()
+    given = operands(case, "cuda", torch.bfloat16)
+    built, grad_TD = CONTESTANTS[name](case, given), torch.randn_like(given.x_TD)
+    # The plain products of thousands of experts take too long; there the small cases of `check` must do.
+    error = wrongness(built, given, case.activation) if case.experts <= 512 else None
+    if error is not None and error > 5e-2:
+        raise ValueError(f"wrong by {error:.1e} of the greatest value")
+    step(built, grad_TD)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    step()
+    step(built, grad_TD)
     peak = torch.cuda.max_memory_allocated() - before
     with torch.no_grad():
-        forward_ms = do_bench(lambda: call(given, plan, case.activation), warmup=10, rep=60)
-    both_ms = do_bench(step, warmup=10, rep=60)
-    weights = sum(t.numel() * t.element_size() for t in given[1:3])
+        forward_ms = do_bench(built.call, warmup=10, rep=60)
+    both_ms = do_bench(lambda: step(built, grad_TD), warmup=10, rep=60)
+    weights = sum(t.numel() * t.element_size() for t in (given.w_in_EDS, given.w_out_EHD))
     return {
         **case._asdict(),
         "kernel": name,
+        "error": error,
         "forward ms": forward_ms,
         "forward Tops/s": case.ops() / forward_ms / 1e9,
         "forward share": case.ops() / forward_ms / 1e9 / roof,
@@ -165,25 +152,20 @@ def dense_rate() -> float:
     return 2 * 8192**3 / do_bench(lambda: a @ b) / 1e9
 
 
-CALLS: dict[str, Any] = {
-    "triton": ours,
-    "F.grouped_mm": lambda given, plan, activation: composed(grouped_mm, given, plan, activation),
-}
-
-
 def rows_of(family: str, path: Path, seconds: float) -> Iterator[dict[str, Any]]:
     """The rows of a family, stored ones first; none after its time is over."""
     done = json.loads(path.read_text())["rows"] if path.exists() else []
     yield from done
     known = {tuple(row[f] for f in (*Case._fields, "kernel")) for row in done}
     roof, started = dense_rate(), time.monotonic()
-    for case, (name, call) in itertools.product(FAMILIES[family], CALLS.items()):
+    for case, name in itertools.product(FAMILIES[family], CONTESTANTS):
         if (*case, name) in known or time.monotonic() - started > seconds:
             continue
         try:
-            yield measure(case, name, call, roof)
-        except (RuntimeError, torch.OutOfMemoryError) as error:
-            yield {**case._asdict(), "kernel": name, "not there": str(error).splitlines()[0][:120]}
+            yield measure(case, name, roof)
+        except Exception as error:  # of foreign code, which can raise anything
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+            yield {**case._asdict(), "kernel": name, "not there": reason}
         torch.cuda.empty_cache()
 
 
@@ -192,7 +174,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
-    parser.add_argument("--seconds", type=float, default=130, help="for each family")
+    parser.add_argument("--seconds", type=float, default=100, help="for each family")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("benchmarks.gpu: no CUDA device here", file=sys.stderr)
@@ -202,11 +184,18 @@ def main() -> int:
         print(f"{activation}, {dtype}: error {error:.1e} of the greatest value")
         if error > (1e-4 if dtype == torch.float32 else 2e-2):
             raise SystemExit("benchmarks.gpu: the kernels are wrong on this device")
+    graph = captured(Case(4096, 512, 1024, 32, 4, "relu"))
+    print(f"a step of the whole layer {'is' if graph else 'cannot be'} captured in a CUDA graph")
     for family in args.families:
         path, rows = RESULTS / f"gpu_{family}.json", []
         for row in rows_of(family, path, args.seconds):
             rows.append(row)
-            found = {**circumstances(), "device": torch.cuda.get_device_name(), "rows": rows}
+            found = {
+                **circumstances(),
+                "device": torch.cuda.get_device_name(),
+                "CUDA graph": graph,
+                "rows": rows,
+            }
             path.write_text(json.dumps(found, indent=2) + "\n")
             print(markdown([row]).splitlines()[-1], flush=True)
     return 0

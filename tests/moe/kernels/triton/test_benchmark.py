@@ -8,23 +8,46 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from benchmarks import gpu
+from benchmarks.gpu_contestants import CONTESTANTS, Built, Case, operands
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = Case(12, 6, 5, 3, 2, "relu")
 
 
 @pytest.mark.parametrize("activation", ["relu", "swiglu"])
 def test_its_check_passes(activation):
-    assert gpu.check(gpu.Case(12, 6, 5, 3, 2, activation), DEVICE, torch.float32) < 1e-5
+    assert gpu.check(SMALL._replace(activation=activation), DEVICE, torch.float32) < 1e-5
 
 
 def test_its_check_finds_a_wrong_kernel(monkeypatch):
     right = gpu.ours
-    monkeypatch.setattr(gpu, "ours", lambda *given: 1.01 * right(*given))
-    assert gpu.check(gpu.Case(12, 6, 5, 3, 2, "relu"), DEVICE, torch.float32) > 1e-3
+
+    def wrong(case, given):
+        call, *rest = right(case, given)
+        return Built(lambda: (1.01 * call()[0],), *rest)
+
+    monkeypatch.setattr(gpu, "ours", wrong)
+    assert gpu.check(SMALL, DEVICE, torch.float32) > 1e-3
+    given = operands(SMALL, DEVICE, torch.float32)
+    assert gpu.wrongness(wrong(SMALL, given), given, "relu") > 1e-3
+
+
+@pytest.mark.parametrize("activation", ["relu", "swiglu"])
+@pytest.mark.parametrize("name", ["triton", "F.grouped_mm"])
+def test_contestants_compute_the_same(name, activation):
+    case = Case(12, 16, 8, 3, 2, activation)
+    given = operands(case, DEVICE, torch.float32)
+    assert gpu.wrongness(CONTESTANTS[name](case, given), given, activation) < 1e-5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the layer takes this kernel on CUDA devices alone")
+def test_the_whole_layer_takes_a_step():
+    given = operands(SMALL, DEVICE, torch.float32)
+    gpu.step(CONTESTANTS["triton, whole layer"](SMALL, given), torch.ones_like(given.x_TD))
 
 
 def test_operations_are_counted_by_the_formula():
-    assert gpu.Case(10, 6, 5, 3, 2, "swiglu").ops() == 6 * 10 * 6 * 5 * 2
+    assert Case(10, 6, 5, 3, 2, "swiglu").ops() == 6 * 10 * 6 * 5 * 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
