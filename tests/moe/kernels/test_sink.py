@@ -208,6 +208,15 @@ def test_weights_kept_in_bfloat16_compute_as_if_they_were_cast(kernel):
         assert_close(our_grad, parameter.grad, dtype=dtype)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_part_of_experts_kept_in_bfloat16_casts_them_as_well(activation):
+    whole = experts_of(activation, storage=torch.bfloat16)
+    x_TD, expert_TK, weight_TK = torch.randn(4, WIDTH), torch.tensor([[0, 1]] * 4), torch.rand(4, 2)
+    ours = whole.part(1, 3)(x_TD, a_routing(expert_TK, weight_TK, num_experts=2))
+    assert ours.dtype == torch.float32
+    assert_close(ours, whole(x_TD, a_routing(expert_TK + 1, weight_TK, num_experts=NUM_EXPERTS)))
+
+
 def test_weights_drawn_in_bfloat16_are_the_normal_numbers_that_float32_has():
     narrow = FeedForward(width=64, hidden=128, num_experts=3, storage=torch.bfloat16).w_in.detach().float()
     std = (2 / 64) ** 0.5

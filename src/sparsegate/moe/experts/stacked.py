@@ -79,6 +79,7 @@ class StackedExperts(Experts):
             num_experts=end - first,
             recompute=self.recompute,
             kernel=self.kernel,
+            storage=self.w_in.dtype if self.casts else None,
             device="meta",
         )
         for name, whole in self.named_parameters():
