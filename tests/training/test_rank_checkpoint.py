@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparsegate.training.checkpoint import latest_checkpoint, load_checkpoint
-from sparsegate.training.parts import Share
+from sparsegate.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from sparsegate.training.parts import Share, digests_of
+from sparsegate.training.storage import FileDigest, write_file
+from sparsegate.training.tensor_file import encode_tensors
 from tests.helpers.checkpoints import unfinished
 from tests.helpers.rank_savers import assert_loads, failing_save_of_a_rank, save_of_a_rank
 
@@ -85,6 +87,33 @@ def test_a_part_that_is_not_wanted_is_not_read(saved_at_4):
 
 
 @pytest.mark.parametrize(
+    ("digests", "part", "message"),
+    [
+        (torch.ones((), dtype=torch.uint8), torch.ones(4, 3), "is not one SHA-256 for each expert"),
+        (torch.ones(4, 5, dtype=torch.uint8), torch.ones(4, 3), "is not one SHA-256 for each expert"),
+        (torch.ones(4, 32), torch.ones(4, 3), "is not one SHA-256 for each expert"),
+        (torch.ones(1, 32, dtype=torch.uint8), torch.ones(()), r"experts 0 to 0 of w are missing"),
+        (
+            torch.ones(4, 32, dtype=torch.uint8),
+            torch.ones(4, 3),
+            "expert 0 of w is not the one that was saved",
+        ),
+    ],
+)
+def test_odd_tensors_with_right_sums_are_refused_in_one_line(digests, part, message, tmp_path):
+    path = written_in_parts(tmp_path, {"w": part}, {"model/w": digests})
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(path)
+
+
+def test_a_group_may_be_parts_alone(tmp_path):
+    """There may be no tensor that all ranks have."""
+    w = torch.arange(6.0).view(3, 2)
+    path = written_in_parts(tmp_path, {"w": w}, {"model/w": digests_of(w)})
+    assert torch.equal(load_checkpoint(path).tensors["model"]["w"], w)
+
+
+@pytest.mark.parametrize(
     ("who", "file"), [(2, "model_part_2"), (0, "optimizer_part_0"), (0, "digests")], ids=str
 )
 def test_when_one_rank_cannot_write_none_has_saved(who, file, ranks, tmp_path):
@@ -95,6 +124,21 @@ def test_when_one_rank_cannot_write_none_has_saved(who, file, ranks, tmp_path):
     assert unfinished(tmp_path) == []
     ranks.run(save_of_a_rank, 3, str(tmp_path), 8)
     assert_loads(tmp_path / "step-00000008", None)
+
+
+def written_in_parts(folder: Path, part: dict, digests: dict) -> Path:
+    """A checkpoint of one part and nothing else, under a manifest that fits."""
+
+    def write_more(temporary: Path) -> dict[str, FileDigest]:
+        files = {"model_part_0_of_1": part, "digests": digests}
+        return {
+            f"{name}.safetensors": write_file(
+                temporary / f"{name}.safetensors", encode_tensors(tensors, name=name).chunks()
+            )
+            for name, tensors in files.items()
+        }
+
+    return save_checkpoint(folder, step=1, tensors={}, state={}, keep=(), write_more=write_more)
 
 
 def rewrite(file: Path, tensors: dict) -> None:

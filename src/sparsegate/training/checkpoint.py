@@ -174,7 +174,7 @@ def load_checkpoint(path: Path, *, share: Share | None = None) -> Checkpoint:
             share,
         )
         for group, stacked in parts.items():
-            tensors[group] |= stacked
+            tensors[group] = tensors.get(group, {}) | stacked
     except ValueError as error:
         raise ValueError(f"{error}; {_CURE}") from error
     return Checkpoint(manifest.step, tensors, state)

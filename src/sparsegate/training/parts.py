@@ -95,7 +95,7 @@ def _read_part(
         name, experts = next(iter(have.items()))
         raise ValueError(f"{error}; it has experts {_numbers(experts)} of {name}") from error
     for name, experts in have.items():
-        if name not in tensors or len(tensors[name]) != len(experts):
+        if name not in tensors or tensors[name].shape[:1] != (len(experts),):
             raise ValueError(f"{file}: experts {_numbers(experts)} of {name} are missing")
         same_E = (digests_of(tensors[name]) == digests[name][experts.start : experts.stop]).all(dim=1)
         if not same_E.all():
@@ -107,6 +107,8 @@ def _read_part(
 def _by_group(digests: Mapping[str, Tensor]) -> dict[str, Tensors]:
     groups: dict[str, Tensors] = {}
     for path, digest in digests.items():
+        if digest.dtype != torch.uint8 or digest.shape[1:] != (32,):
+            raise ValueError(f"{DIGESTS}: {path} is not one SHA-256 for each expert")
         group, _, name = path.partition("/")
         groups.setdefault(group, {})[name] = digest
     return groups
