@@ -117,6 +117,19 @@ def test_rows_that_do_not_belong_to_the_sentences_are_refused(kind, num_rows):
 
 
 @of_each_kind
+def test_no_sentence_at_all_is_a_batch_as_well(kind):
+    """Of a rank that has none; its weights take part in backward."""
+    attention = an_attention(kind)
+    source_BUD, query_BSD, mask_BU = some_input()
+    memory = attention.remember(source_BUD[:0], mask_BU[:0])
+    context, weight = attention(query_BSD[:0], memory)
+    assert context.shape == (0, query_BSD.shape[1], source_BUD.shape[2])
+    assert weight.shape == (0, query_BSD.shape[1], source_BUD.shape[1])
+    for gradient in gradients(context.sum(), *attention.parameters()):
+        assert not gradient.any()
+
+
+@of_each_kind
 def test_an_empty_source_has_no_attention_and_finite_gradients(kind):
     attention = an_attention(kind)
     source_BUD, query_BSD, mask_BU = some_input()

@@ -75,18 +75,24 @@ class Attention(nn.Module, ABC):
             ValueError: the rows are not equally many for each sentence.
         """
         num_rows, num_steps, width = query_BSD.shape
-        if not memory.num_sentences or num_rows % memory.num_sentences:
+        # A rank may have no sentence of a batch.
+        rows_per_sentence, more = (
+            divmod(num_rows, memory.num_sentences) if memory.num_sentences else (1, num_rows)
+        )
+        if more:
             raise ValueError(
                 f"query_BSD ({num_rows} rows) must have equally many rows for each of the memory's sentences "
                 f"({memory.num_sentences})"
             )
         # All queries of a sentence side by side: its keys and values are never copied.
-        score_BSU = self.scores(query_BSD.reshape(memory.num_sentences, -1, width), memory.key_BUA)
+        by_sentence_BSD = query_BSD.reshape(memory.num_sentences, rows_per_sentence * num_steps, width)
+        score_BSU = self.scores(by_sentence_BSD, memory.key_BUA)
         score_BSU = score_BSU.to(torch.promote_types(score_BSU.dtype, torch.float32))
         weight_BSU = masked_softmax(score_BSU, memory.mask_BU[:, None, :])
         context_BSD = weight_BSU.to(memory.value_BUD.dtype) @ memory.value_BUD
-        return context_BSD.reshape(num_rows, num_steps, -1), weight_BSU.reshape(
-            num_rows, num_steps, score_BSU.shape[2]
+        return (
+            context_BSD.reshape(num_rows, num_steps, context_BSD.shape[2]),
+            weight_BSU.reshape(num_rows, num_steps, weight_BSU.shape[2]),
         )
 
     @abstractmethod
