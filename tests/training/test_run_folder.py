@@ -1,5 +1,7 @@
 """The folder of a run: what it may be made in, and what a run finds there when it goes on."""
 
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +10,7 @@ import pytest
 import torch
 
 from sparsegate.models.softmax import OutputSoftmax
+from sparsegate.training import loop
 from sparsegate.training.checkpoint import checkpoint_name, latest_checkpoint, load_checkpoint
 from sparsegate.training.config import RunConfig
 from sparsegate.training.log import read_log
@@ -116,6 +119,46 @@ def test_best_is_a_step_or_none_or_refused(tmp_path: Path):
         (checkpoints_of(tmp_path) / "best.json").write_text(damaged)
         with pytest.raises(ValueError, match=r"best\.json: does not name a step; remove it"):
             read_best(tmp_path)
+
+
+@pytest.mark.parametrize("moment", ["delete_others", "write_best"])
+def test_the_best_checkpoint_is_there_at_any_moment(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+):
+    """Before the pointer moves, and before anything goes: a run may be killed then, or be read."""
+    plain, found = getattr(loop, moment), []
+
+    def looking(*given: object, **options: object) -> None:
+        if (best := read_best(tmp_path)) is not None:
+            load_checkpoint(checkpoints_of(tmp_path) / checkpoint_name(best))
+            found.append(best)
+        plain(*given, **options)
+
+    monkeypatch.setattr(loop, moment, looking)
+    config = replace(config, optim=replace(config.optim, learning_rate=1e-2, warmup_steps=1))
+    train(with_training(config, keep_checkpoints=1, evaluate_every=3), folder=tmp_path)
+    assert len(set(found)) > 1
+
+
+@pytest.mark.parametrize("evaluate_every", [3, 6])
+def test_no_pointer_outlives_the_checkpoint_that_it_names(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluate_every: int
+):
+    """Step 6, the best, is damaged; of step 5 the best was step 3, which is gone, or none; then it stops."""
+    config = with_training(config, evaluate_every=evaluate_every, checkpoint_every=5, keep_checkpoints=2)
+    config = replace(config, optim=replace(config.optim, learning_rate=1e-2, warmup_steps=1))
+    train(with_training(config, steps=6), folder=tmp_path)
+    assert (read_best(tmp_path), saved_steps(tmp_path)) == (6, [6, 5])
+    (checkpoints_of(tmp_path) / checkpoint_name(6) / "model.safetensors").write_bytes(b"")
+    plain = loop.Run.step
+
+    def signalled(run: loop.Run) -> None:
+        plain(run)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop.Run, "step", signalled)
+    assert train(with_training(config, evaluate_every=9), folder=tmp_path, resume=True).stopped_by
+    assert (read_best(tmp_path), saved_steps(tmp_path)) == (None, [6, 5])
 
 
 def test_saved_steps_are_the_newest_first_and_nothing_but_checkpoints(tmp_path: Path):

@@ -116,8 +116,18 @@ def save_checkpoint(
     except OSError as error:
         needed = sum(file.size for file in encoded.values()) + len(state_bytes)
         raise CannotSave(target, needed=needed, cause=error) from error
-    _delete_others(directory, {step, *keep})
+    delete_others(directory, {step, *keep})
     return target
+
+
+def delete_others(directory: Path, keep: Collection[int]) -> None:
+    """Delete the checkpoints whose steps are not in `keep`. Warns where the disk refuses."""
+    try:
+        for (step, _), name in _candidates(directory):
+            if name.startswith(REPLACED) or step not in keep:
+                retire(directory / name)
+    except OSError as error:
+        warnings.warn(f"{directory}: cannot delete an old checkpoint: {error}", stacklevel=3)
 
 
 def latest_checkpoint(directory: Path, *, warn: Callable[[str], None] = warnings.warn) -> Path | None:
@@ -231,12 +241,3 @@ def _candidates(directory: Path) -> list[tuple[tuple[int, bool], str]]:
         return []
     matches = [match for name in os.listdir(directory) if (match := _DIRECTORY.fullmatch(name))]
     return [((int(match[1]), not match[0].startswith(REPLACED)), match[0]) for match in matches]
-
-
-def _delete_others(directory: Path, keep: set[int]) -> None:
-    try:
-        for (step, _), name in _candidates(directory):
-            if name.startswith(REPLACED) or step not in keep:
-                retire(directory / name)
-    except OSError as error:
-        warnings.warn(f"{directory}: cannot delete an old checkpoint: {error}", stacklevel=3)

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from ..optim.schedule import warmup_then_inverse_sqrt
-from .checkpoint import latest_checkpoint
+from .checkpoint import delete_others, latest_checkpoint
 from .config import RunConfig
 from .lock import run_lock
 from .making import make_state, over_ranks, resolve_device, start_from
@@ -124,6 +124,7 @@ class Run:
         self.ranks = ranks
         self.state = over_ranks(self.state, self.config, ranks)
         self.saved: list[int] = []
+        self.pointed_at = 0  # by the folder, as the best step; 0: no step
         self.last_evaluation: Measured | None = None
 
     @property
@@ -141,11 +142,14 @@ class Run:
             with self.ranks.together():
                 self.state.load(checkpoints_of(self.folder) / name)
         progress = self.state.progress
-        self._point_at_best()
         # Later ones are damaged, or it would have gone on from them: they take no good one's place.
         self.saved = [step for step in saved_steps(self.folder) if step <= progress.step]
+        if progress.best_step not in self.saved:
+            progress.best_step = 0  # it went for the sake of a later one
+        self._point_at_best()
         # Also at step 0: the run may have died before its first checkpoint.
-        self.reporter.resume_at(progress.step, next_batch=progress.batch_index)
+        with self.ranks.together():
+            self.reporter.resume_at(progress.step, next_batch=progress.batch_index)
         if self.state.model.sees_later_tokens() and progress.step == 0:
             warnings.append(
                 "in training the gate chooses among tokens: which experts a token gets depends on the tokens "
@@ -262,13 +266,18 @@ class Run:
         progress = self.state.progress
         newest = [step for step in self.saved if step != progress.step]
         newest = newest[: self.config.training.keep_checkpoints - 1]
+        checkpoints, keep = checkpoints_of(self.folder), {*newest, progress.best_step}
         with self.reporter.doing("saving"):
-            self.state.save(checkpoints_of(self.folder), keep={*newest, progress.best_step})
+            # Whenever it is read, the pointer names a checkpoint that is there.
+            self.state.save(checkpoints, keep={*keep, self.pointed_at})
             self._point_at_best()
+            if self.ranks.is_first:
+                delete_others(checkpoints, {progress.step, *keep})
         self.saved = [progress.step, *newest]
 
     def _point_at_best(self) -> None:
         progress = self.state.progress
         with self.ranks.together():
-            if self.ranks.is_first and progress.best_step:
+            if self.ranks.is_first:
                 write_best(self.folder, step=progress.best_step, nll=progress.best_nll)
+        self.pointed_at = progress.best_step

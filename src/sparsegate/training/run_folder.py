@@ -89,8 +89,12 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 def write_best(folder: Path, *, step: int, nll: float) -> None:
-    """Point at the checkpoint with the lowest validation loss. nll: nats per token."""
-    write_json_atomically(checkpoints_of(folder) / "best.json", {"step": step, "nll": nll})
+    """Point at the checkpoint with the lowest validation loss. nll: nats per token. step 0: at none."""
+    pointer = checkpoints_of(folder) / "best.json"
+    if step:
+        write_json_atomically(pointer, {"step": step, "nll": nll})
+    else:
+        pointer.unlink(missing_ok=True)
 
 
 def read_best(folder: Path) -> int | None:
