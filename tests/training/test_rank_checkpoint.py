@@ -120,6 +120,7 @@ def test_when_one_rank_cannot_write_none_has_saved(who, file, ranks, tmp_path):
     before = Path(ranks.run(save_of_a_rank, 3, str(tmp_path), 7)[0])
     said = ranks.run(failing_save_of_a_rank, 3, str(tmp_path), 8, who, file)
     assert all("CannotSave" in words and "No space left" in words for words in said), said
+    assert not any("(0 bytes needed" in words for words in said)
     assert latest_checkpoint(tmp_path) == before
     assert unfinished(tmp_path) == []
     ranks.run(save_of_a_rank, 3, str(tmp_path), 8)

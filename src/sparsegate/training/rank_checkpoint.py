@@ -41,17 +41,18 @@ def save_on_ranks(
         CannotSave, ValueError: on every rank when any of them fails; nothing has changed.
     """
     target = directory / checkpoint_name(step)
-    if ranks.rank:
-        _agree("", target, ranks)
+    if not ranks.is_first:
         try:
+            _go_on(ranks)
             _write_parts(target.with_name(UNFINISHED + target.name), stacked, ranks)
+            _go_on(ranks)
         except _Agreed as error:
-            raise CannotSave(target, needed=0, cause=error) from error
-        _agree("", target, ranks)
+            needed = sum(tensor.nbytes for part in stacked.values() for tensor in part.values())
+            raise CannotSave(target, needed=needed, cause=error) from error
         return target
 
     def write_more(temporary: Path) -> dict[str, FileDigest]:
-        _agree("", target, ranks)
+        _go_on(ranks)
         files, digests = _write_parts(temporary, stacked, ranks)
         encoded = encode_tensors(digests, name=DIGESTS)
         return {**files, f"{DIGESTS}.safetensors": write_file(_file(temporary, DIGESTS), encoded.chunks())}
@@ -62,7 +63,7 @@ def save_on_ranks(
         if not isinstance(error.__cause__, _Agreed):
             _first_problem(str(error), ranks)
         raise
-    _agree("", target, ranks)
+    _go_on(ranks)
     return target
 
 
@@ -102,11 +103,10 @@ def _parse_digest(entry: Json) -> FileDigest:
     raise AssertionError(entry)
 
 
-def _agree(problem: str, target: Path, ranks: Ranks) -> None:
-    """Go on together, or fail together."""
-    if problem := _first_problem(problem, ranks):
-        cause = _Agreed(problem)
-        raise CannotSave(target, needed=0, cause=cause) from cause
+def _go_on(ranks: Ranks) -> None:
+    """Together. _Agreed: another rank has told what failed there."""
+    if problem := _first_problem("", ranks):
+        raise _Agreed(problem)
 
 
 def _first_problem(problem: str, ranks: Ranks) -> str:
