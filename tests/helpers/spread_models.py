@@ -16,6 +16,7 @@ from sparsegate.models.gates import (
     HierarchicalGate,
     NoisyTopKGate,
 )
+from sparsegate.moe.layer import MoE
 from sparsegate.moe.losses import importance_loss, load_loss, threshold_loss
 from sparsegate.moe.routing import BalanceSums
 from sparsegate.parallel.distribute import (
@@ -180,3 +181,12 @@ def refusals_of_a_rank(mesh: DeviceMesh) -> list[str]:
         except ValueError as error:
             said.append(str(error))
     return said
+
+
+def shared_experts_of_a_rank(mesh: DeviceMesh) -> tuple[int, bool]:
+    """Two layers with one gate and one stack of experts between them: number of parameters, and whether the
+    stack is still one."""
+    layers = torch.nn.ModuleList([MoE.noisy_topk(width=4, hidden=4, num_experts=4, k=2) for _ in range(2)])
+    layers[1].gate, layers[1].experts = layers[0].gate, layers[0].experts
+    spread_experts(layers, mesh)
+    return len([*layers.parameters()]), layers[0].experts is layers[1].experts

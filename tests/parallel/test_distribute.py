@@ -3,7 +3,14 @@
 import pytest
 
 from sparsegate.parallel.placement import experts_of
-from tests.helpers.spread_models import Case, Trained, refusals_of_a_rank, train_in_one_process, train_on_rank
+from tests.helpers.spread_models import (
+    Case,
+    Trained,
+    refusals_of_a_rank,
+    shared_experts_of_a_rank,
+    train_in_one_process,
+    train_on_rank,
+)
 from tests.helpers.tolerances import assert_close
 
 CASES = [
@@ -36,6 +43,10 @@ def test_ten_updates_on_ranks_are_those_of_one_process(case, ranks):
     joined = case.selection == "gathered" or case.gate in ("noisy_topk", "hierarchical")
     found = ranks.run(train_on_rank, len(case.rows), case)
     assert_trained_alike(case, train_in_one_process(case, joined=joined), found)
+
+
+def test_layers_that_share_their_experts_go_on_sharing_them(ranks):
+    assert ranks.run(shared_experts_of_a_rank, 2) == [(4, True)] * 2
 
 
 def test_what_cannot_be_spread_is_refused(ranks):

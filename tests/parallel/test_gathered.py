@@ -20,9 +20,11 @@ def test_padding_is_padding_when_gathered(ranks):
     assert_equal_to(one_process(case, joined=True), ranks.run(step_of_a_rank, case.num_ranks, case))
 
 
-def test_a_gate_that_goes_token_by_token_in_evaluation_is_asked_on_its_rank(ranks):
-    case = Case("balanced", "feed_forward", (5, 4), training=False, gathered=True)
-    assert_equal_to(one_process(case, joined=True), ranks.run(step_of_a_rank, case.num_ranks, case))
+@pytest.mark.parametrize("gate", OVER_BATCH)
+def test_in_evaluation_each_rank_decides_for_itself(gate, ranks):
+    """All may be measuring the same text: gathered, each token would compete with copies of itself."""
+    case = Case(gate, "feed_forward", (5, 4), training=False, gathered=True)
+    assert_equal_to(one_process(case, joined=False), ranks.run(step_of_a_rank, case.num_ranks, case))
 
 
 @pytest.mark.parametrize("gate", ["balanced_over_noisy", "last_dropped"])

@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from ..moe.experts.experts import Experts
 from ..moe.layer import MoE
 from .expert_parallel import ExpertParallel
 from .gathered import Gathered
@@ -39,7 +40,8 @@ def spread_experts(
 
     model: the same on all ranks, or on the meta device. Optimizers are made afterwards. mesh: has a dimension
     "expert", and "data" where the experts have several copies. selection: what a gate that selects over the
-    batch chooses among: the tokens of its rank, or those gathered from all ranks that share the experts.
+    batch chooses among in training: the tokens of its rank, or those gathered from all ranks that share the
+    experts.
     ValueError: no MoE in the model, fewer experts than ranks, or another mesh.
     """
     _dimensions(mesh)
@@ -47,16 +49,19 @@ def spread_experts(
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     if not layers:
         raise ValueError(f"model ({type(model).__name__}) has no MoE layer whose experts could be spread")
+    spread: dict[Experts, ExpertParallel] = {}
     for moe in layers:
         num_experts = moe.experts.num_experts
         own = experts_of(
             experts_mesh.get_local_rank(), num_experts=num_experts, num_ranks=experts_mesh.size()
         )
-        moe.experts = ExpertParallel(
-            experts=moe.experts.part(own.start, own.stop), num_experts=num_experts, mesh=experts_mesh
-        )
+        if moe.experts not in spread:  # layers may share theirs
+            spread[moe.experts] = ExpertParallel(
+                experts=moe.experts.part(own.start, own.stop), num_experts=num_experts, mesh=experts_mesh
+            )
+        moe.experts = spread[moe.experts]
         if selection == "gathered":
-            moe.gate = Gathered(moe.gate, mesh=experts_mesh)
+            moe.gate = Gathered(moe.gate, mesh=experts_mesh).train(moe.training)
 
 
 def shard_the_rest(model: nn.Module, mesh: DeviceMesh) -> None:

@@ -15,10 +15,10 @@ class Gathered(Gate):
     """Another gate, which chooses among the tokens of all ranks of a mesh, as one process would.
 
     Each rank gets the tokens of all, decides for all, and keeps what was decided of its own: as much
-    computing as one process has, and the traffic of the inputs. Only where the gate selects over the batch in
-    its present mode; else every rank decides for itself. The first rank answers for the sums of all tokens,
-    the others' are 0: added up they are those of the batch. Draws that the gate makes by itself are the same
-    on all ranks.
+    computing as one process has, and the traffic of the inputs. Only in training, and where the gate selects
+    over the batch; else every rank decides for itself, as what it evaluates are batches of its own. The first
+    rank answers for the sums of all tokens, the others' are 0: added up they are those of the batch. Draws
+    that the gate makes by itself are the same on all ranks.
 
     All ranks call it together, and give a mask and noise all or none. mesh: of one dimension.
     """
@@ -47,9 +47,9 @@ class Gathered(Gate):
         self.gate.after_step(sums)
 
     def forward(self, x_TD: Tensor, mask_T: Tensor | None = None, noise: Tensor | None = None) -> Routing:
-        if not self.selects_over_batch:
+        if not (self.training and self.selects_over_batch):
             return self.gate(x_TD, mask_T, noise)
-        if noise is None and self.training and self.noise_width:
+        if noise is None and self.noise_width:
             noise = torch.randn(x_TD.shape[0], self.noise_width, dtype=x_TD.dtype, device=x_TD.device)
         rank, group = self.mesh.get_local_rank(), self.mesh.get_group()
         sizes_W, seed = _sizes_and_seed(x_TD, group)
