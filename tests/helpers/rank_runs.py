@@ -1,11 +1,13 @@
 """Runs of the training loop on ranks."""
 
 import json
+import math
 import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from unittest import mock
 
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from sparsegate.models.softmax import OutputSoftmax
 from sparsegate.training import loop
 from sparsegate.training.checkpoint import load_checkpoint
 from sparsegate.training.config import RunConfig
@@ -22,9 +25,15 @@ from sparsegate.training.run_folder import checkpoints_of
 
 @dataclass(frozen=True)
 class Ended:
-    """What a run leaves: losses by step, and the tensors of its last checkpoint as one process has them."""
+    """What a run leaves: numbers by step, and the tensors of its last checkpoint as one process has them.
+
+    norms: of the gradients; to Adam alone a gradient of twice the size is the same. evaluations: losses on
+    the validation split.
+    """
 
     losses: dict[int, float]
+    norms: dict[int, float]
+    evaluations: dict[int, float]
     tensors: dict[str, dict[str, Tensor]]
 
 
@@ -64,6 +73,19 @@ def stopped_on_rank(mesh: DeviceMesh, config: RunConfig, folder: str, who: int, 
         return train_on_rank(mesh, config, folder)
 
 
+def spoiled_on_rank(mesh: DeviceMesh, config: RunConfig, folder: str, who: int, batch: int) -> str:
+    """The same, when the losses of rank `who` are not finite in that batch."""
+    plain, batches = OutputSoftmax.nll, count()
+
+    def nll(softmax: OutputSoftmax, hidden: Tensor, target: Tensor) -> Tensor:
+        value = plain(softmax, hidden, target)
+        spoiled = softmax.training and next(batches) == batch and mesh.get_local_rank() == who
+        return value * math.nan if spoiled else value
+
+    with mock.patch.object(OutputSoftmax, "nll", nll):
+        return train_on_rank(mesh, config, folder)
+
+
 def differently_on_rank(mesh: DeviceMesh, configs: list[RunConfig], folder: str) -> str:
     """Each rank with a configuration of its own."""
     return train_on_rank(mesh, configs[mesh.get_local_rank()], folder)
@@ -71,17 +93,27 @@ def differently_on_rank(mesh: DeviceMesh, configs: list[RunConfig], folder: str)
 
 def ended(folder: Path) -> Ended:
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    losses = {line["step"]: line["train/loss"] for line in lines if line["kind"] == "step"}
+
+    def values(kind: str, name: str) -> dict[int, float]:
+        return {line["step"]: line[name] for line in lines if line["kind"] == kind}
+
     newest = max(checkpoints_of(folder).glob("step-*"))
-    return Ended(losses=losses, tensors=load_checkpoint(newest).tensors)
+    return Ended(
+        losses=values("step", "train/loss"),
+        norms=values("step", "train/grad_norm"),
+        evaluations=values("evaluation", "valid/loss"),
+        tensors=load_checkpoint(newest).tensors,
+    )
 
 
 def assert_alike(found: Ended, expected: Ended, *, tolerance: float) -> None:
-    """0: bit for bit."""
+    """0: bit for bit. A run in parts has evaluations at their ends as well."""
     assert found.losses.keys() == expected.losses.keys()
-    for step, loss in expected.losses.items():
-        assert abs(found.losses[step] - loss) <= tolerance * abs(loss), step
-    assert {file: [*tensors] for file, tensors in found.tensors.items()}.keys() == expected.tensors.keys()
+    for name in ("losses", "norms", "evaluations"):
+        ours, theirs = getattr(found, name), getattr(expected, name)
+        for step, value in theirs.items():
+            assert abs(ours[step] - value) <= tolerance * abs(value), (name, step)
+    assert found.tensors.keys() == expected.tensors.keys()
     for file, tensors in expected.tensors.items():
         assert found.tensors[file].keys() == tensors.keys()
         for name, tensor in tensors.items() if file == "model" or not tolerance else ():

@@ -13,6 +13,7 @@ from tests.helpers.rank_runs import (
     differently_on_rank,
     ended,
     exact,
+    spoiled_on_rank,
     stopped_on_rank,
     train_on_rank,
 )
@@ -51,15 +52,39 @@ def test_a_run_on_ranks_is_the_run_of_one_process(task, num_ranks, configs, alon
     assert_alike(ended(tmp_path), alone[task], tolerance=TOLERANCE)
 
 
-def test_micro_batches_on_ranks_change_nothing(configs, alone, ranks, tmp_path):
-    config = exact(configs["language"], micro_batches=2)
-    ranks.run(train_on_rank, 2, config, str(tmp_path))
-    assert_alike(ended(tmp_path), alone["language"], tolerance=TOLERANCE)
+@pytest.mark.parametrize(("task", "num_ranks", "micro_batches"), [("language", 2, 2), ("translation", 3, 3)])
+def test_micro_batches_on_ranks_change_nothing(
+    task, num_ranks, micro_batches, configs, alone, ranks, tmp_path
+):
+    """Also where there are fewer sentences than parts, and some parts are empty."""
+    config = exact(configs[task], micro_batches=micro_batches)
+    assert ranks.run(train_on_rank, num_ranks, config, str(tmp_path)) == [""] * num_ranks
+    assert_alike(ended(tmp_path), alone[task], tolerance=TOLERANCE)
 
 
 @pytest.mark.parametrize("gate", ["balanced", "hierarchical"])
 def test_other_gates_train_on_ranks_as_alone(gate, configs, ranks, tmp_path):
     config = with_gates(exact(configs["language"], selection="gathered"), gate)
+    assert_trained_as_alone(config, ranks, tmp_path)
+
+
+def test_gates_that_drop_train_and_are_evaluated_on_ranks_as_alone(configs, ranks, tmp_path):
+    """Gathered, with a copy of the text on each rank, the first would have room for all of its tokens."""
+    config = exact(configs["language"], selection="gathered")
+    assert_trained_as_alone(replace(config, model=replace(config.model, capacity=1.0)), ranks, tmp_path)
+
+
+def test_experts_kept_in_bfloat16_train_on_ranks_as_alone(configs, ranks, tmp_path):
+    config = configs["language"]
+    config = replace(
+        config,
+        model=replace(config.model, expert_dtype="bfloat16"),
+        optim=replace(config.optim, experts="factored"),
+    )
+    assert_trained_as_alone(config, ranks, tmp_path)
+
+
+def assert_trained_as_alone(config, ranks, tmp_path):
     train(config, folder=tmp_path / "alone")
     assert ranks.run(train_on_rank, 3, config, str(tmp_path / "ranks")) == [""] * 3
     assert_alike(ended(tmp_path / "ranks"), ended(tmp_path / "alone"), tolerance=TOLERANCE)
@@ -94,6 +119,13 @@ def test_a_signal_to_one_rank_saves_on_all_and_leaves(configs, alone, ranks, tmp
     assert_alike(ended(tmp_path), alone["language"], tolerance=TOLERANCE)
 
 
+def test_a_batch_that_is_not_finite_on_one_rank_leaves_no_trace_on_any(configs, ranks, tmp_path):
+    config = configs["language"]
+    train(exact(config, skip_batches=(3,)), folder=tmp_path / "alone")
+    assert ranks.run(spoiled_on_rank, 3, config, str(tmp_path / "ranks"), 1, 3) == [""] * 3
+    assert_alike(ended(tmp_path / "ranks"), ended(tmp_path / "alone"), tolerance=TOLERANCE)
+
+
 def test_fewer_experts_than_ranks_are_refused_once(configs, ranks, tmp_path):
     config = configs["language"]
     config = replace(config, model=replace(config.model, num_experts=3))
@@ -126,6 +158,15 @@ def test_what_one_rank_alone_cannot_do_is_told_with_its_number(configs, ranks, t
     first, second = ranks.run(differently_on_rank, 2, [config, other], str(tmp_path / "run"))
     assert first.startswith("rank 1: ")
     assert "nowhere" in first
+    assert second == "told elsewhere"
+
+
+def test_a_log_that_the_first_rank_cannot_shorten_ends_all(configs, ranks, tmp_path):
+    ranks.run(train_on_rank, 2, exact(configs["language"], steps=2), str(tmp_path))
+    (tmp_path / "log.jsonl").unlink()
+    (tmp_path / "log.jsonl").mkdir()
+    first, second = ranks.run(train_on_rank, 2, configs["language"], str(tmp_path), True)
+    assert "log.jsonl" in first
     assert second == "told elsewhere"
 
 
