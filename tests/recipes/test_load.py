@@ -12,10 +12,10 @@ from sparsegate.data import Dataset, save_vocabulary
 from sparsegate.decoding import Sampling, score
 from sparsegate.evaluation import evaluate
 from sparsegate.recipes.load import load
-from sparsegate.training.checkpoint import load_checkpoint
+from sparsegate.training.checkpoint import Checkpoint, load_checkpoint
 from sparsegate.training.making import make_state
 from sparsegate.training.overrides import to_json
-from sparsegate.training.run_folder import checkpoints_of
+from sparsegate.training.run_folder import checkpoints_of, write_best
 from tests.helpers.runs import LINES, make_dataset, make_run
 
 
@@ -199,6 +199,22 @@ def test_the_last_checkpoint_is_the_newest_whole_one(run: Path):
     warnings = []
     assert load(run, checkpoint="last", warn=warnings.append).step == 10
     assert len(warnings) == 1
+
+
+def test_a_checkpoint_that_goes_while_it_is_read_is_not_the_best_any_more(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The run that is read goes on: it has pointed at another one, and deletes this one."""
+    plain = load_checkpoint
+
+    def superseded(path: Path) -> Checkpoint:
+        if path.name == "step-00000010":
+            write_best(run, step=20, nll=0.5)
+            shutil.rmtree(path)
+        return plain(path)
+
+    monkeypatch.setattr("sparsegate.recipes.load.load_checkpoint", superseded)
+    assert load(run).step == 20
 
 
 def test_a_dataset_that_does_not_fit_is_refused(run: Path, tmp_path: Path, dataset: Dataset):

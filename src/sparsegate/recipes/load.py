@@ -44,7 +44,14 @@ def load(
             f"{config.model.vocab_size:,}; restore the vocabulary that the run was trained with"
         )
     path = _checkpoint(folder, checkpoint, warn)
-    loaded = load_checkpoint(path)
+    try:
+        loaded = load_checkpoint(path)
+    except ValueError:
+        if path.exists():
+            raise
+        # A run that goes on has deleted it since, for the sake of another one.
+        path = _checkpoint(folder, checkpoint, warn)
+        loaded = load_checkpoint(path)
     model = _model(config, loaded.tensors["model"], path).to(resolve_device(device))
     if not isinstance(model, TranslationModel):
         return LanguageRun(folder=folder, config=config, vocabulary=vocabulary, model=model, step=loaded.step)
