@@ -232,6 +232,27 @@ def test_autocast_computes_as_if_all_but_the_gate_were_cast(name):
         assert_close(our_value, value, dtype=torch.bfloat16)
 
 
+@pytest.mark.parametrize("way", ["autocast", "weights in bfloat16"])
+def test_gradients_that_are_to_be_differentiated_are_computed_in_the_same_dtype(way):
+    routing, cotangent_TD = routed("even"), torch.randn(7, WIDTH)
+    inputs = operands(routing, "relu", torch.float32)
+    options = {"activation": "relu", "recompute": False}
+    if way == "autocast":
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y_TD = KERNELS["threaded"](*inputs, plan_rows(routing), **options)
+    else:
+        inputs[1:3] = [weight.detach().bfloat16().requires_grad_() for weight in inputs[1:3]]
+        y_TD = KERNELS["threaded"](*inputs, plan_rows(routing), **options, dtype=torch.float32)
+    plain, differentiable = (
+        torch.autograd.grad(y_TD, inputs, cotangent_TD, retain_graph=True, create_graph=again)
+        for again in (False, True)
+    )
+    for ours, theirs in zip(differentiable, plain, strict=True):
+        assert ours.requires_grad
+        assert ours.dtype == theirs.dtype
+        assert_close(ours, theirs, dtype=torch.bfloat16 if way == "autocast" else ours.dtype)
+
+
 @pytest.mark.parametrize("case", ["padded", "ragged", "no token"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("keep", [True, False])

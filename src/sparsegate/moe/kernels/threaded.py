@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Plan
-from ..precision import product_dtype
+from ..precision import autocast_off, product_dtype
 from . import expert_by_expert, unfused
 from .activations import ActivationName
 from .expert_by_expert import Rows
 from .grouped import grouped_product
 from .groups import without_rows
+from .higher_order import gradients_through
 from .memory import recycled_empty
 from .sink import GradientSink, sunk_feed_forward
 
@@ -218,20 +219,23 @@ def _autograd_backward(ctx: Any, grad_TD: Tensor | None, _: Tensor | None) -> tu
             pairs_T=pairs_T,
             pairs_per_token=ctx.pairs_per_token,
         )
-        y_TD = unfused.feed_forward(
-            x_TD,
-            w_in_EDS,
-            w_out_EHD,
-            weight_N,
-            plan,
-            activation=ctx.activation,
-            recompute=False,
-            product=grouped_product,
-        )
-        inputs = (x_TD, w_in_EDS, w_out_EHD, weight_N)
-        wanted = [tensor for tensor, needed in zip(inputs, needs, strict=True) if needed]
-        found = iter(torch.autograd.grad(y_TD, wanted, grad_TD, create_graph=True))
-        return *(next(found) if needed else None for needed in needs), *rest
+
+        def function(x_TD: Tensor, w_in_EDS: Tensor, w_out_EHD: Tensor, weight_N: Tensor) -> list[Tensor]:
+            y_TD = unfused.feed_forward(
+                x_TD.to(ctx.dtype),
+                w_in_EDS.to(ctx.dtype),
+                w_out_EHD.to(ctx.dtype),
+                weight_N,
+                plan,
+                activation=ctx.activation,
+                recompute=False,
+                product=grouped_product,
+            )
+            return [y_TD.to(x_TD.dtype)]
+
+        with autocast_off(x_TD.device):
+            found = gradients_through(function, (x_TD, w_in_EDS, w_out_EHD, weight_N), needs, [grad_TD])
+        return *found, *rest
     found = _backward(
         grad_TD,
         x_TD,

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..routing import LogitSums
+from .higher_order import gradients_through
 from .memory import recycled_empty
 from .noisy_choice import SMALLEST_STD, Choice, equations
 from .workers import in_parallel
@@ -296,32 +297,20 @@ def _autograd_backward(ctx: Any, *all_grads: Tensor | None) -> tuple[Tensor | No
             needs[1],
         )
         return *(grad if needed else None for grad, needed in zip(found, needs, strict=True)), *rest
+
     # Derivatives of this backward are wanted: by operators that have them.
-    choice = equations(
-        logits_NS,
-        noise_NB,
-        group_N,
-        num_groups=ctx.num_groups,
-        k=ctx.k,
-        noise_epsilon=ctx.noise_epsilon,
-    )
-    values = (choice.weight_NK, choice.load_AB, *choice.logit_sums)
-    outputs = [
-        (value, grad)
-        for value, grad in zip(values, grads, strict=True)
-        if value is not None and grad is not None
-    ]
-    wanted = [tensor for tensor, needed in zip((logits_NS, noise_NB), needs, strict=True) if needed]
-    found = iter(
-        torch.autograd.grad(
-            [value for value, _ in outputs],
-            wanted,
-            [grad for _, grad in outputs],
-            create_graph=True,
-            allow_unused=True,
+    def function(logits_NS: Tensor, noise_NB: Tensor) -> tuple[Tensor | None, ...]:
+        choice = equations(
+            logits_NS,
+            noise_NB,
+            group_N,
+            num_groups=ctx.num_groups,
+            k=ctx.k,
+            noise_epsilon=ctx.noise_epsilon,
         )
-    )
-    return *(next(found) if needed else None for needed in needs), *rest
+        return choice.weight_NK, choice.load_AB, *choice.logit_sums
+
+    return *gradients_through(function, (logits_NS, noise_NB), needs, grads), *rest
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
