@@ -1,7 +1,9 @@
 """Tasks side by side: each once, in threads that compute with one thread, and nothing of it left behind."""
 
 import os
+import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -66,6 +68,42 @@ def test_an_error_is_raised_once_the_threads_have_stopped():
         in_parallel(fail, range(50))
     in_parallel(running.append, [100, 101])
     assert {100, 101} <= set(running)
+
+
+class Interrupted(BaseException):
+    pass
+
+
+def test_once_the_caller_was_interrupted_no_task_begins():
+    def interrupt(signum, frame):
+        raise Interrupted
+
+    def work(task):
+        if task == 10:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.01)
+        done.append(task)
+
+    done, before = [], signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with pytest.raises(Interrupted):
+            in_parallel(work, range(1000))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    num_done = len(done)
+    assert num_done < 1000
+    time.sleep(0.1)
+    assert len(done) == num_done
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_autocast_is_off_in_every_thread(num_threads):
+    torch.set_num_threads(num_threads)
+    seen = []
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        in_parallel(lambda task: seen.append(torch.is_autocast_enabled("cpu")), range(2))
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [False] * 2
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

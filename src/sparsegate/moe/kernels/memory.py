@@ -100,11 +100,13 @@ def recycled_empty(*shape: int, dtype: torch.dtype) -> Tensor:
     num_bytes = math.prod(shape) * dtype.itemsize
     is_poisoned = torch.are_deterministic_algorithms_enabled()  # torch then fills what it does not initialise
     if num_bytes < _SMALLEST or is_poisoned or not _is_recycling:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     try:
         block = _BLOCKS.take(_rounded(num_bytes))
     except OSError:
-        return torch.empty(shape, dtype=dtype)  # for torch's own error, if it has no memory either
+        return torch.empty(
+            shape, dtype=dtype, device="cpu"
+        )  # for torch's own error, if it has no memory either
     view = memoryview(block)
     # As the process leaves, tensors may still be at work: in other threads, in what is called at exit.
     weakref.finalize(view, _BLOCKS.give_back, block).atexit = False  # pyrefly: ignore[missing-attribute]

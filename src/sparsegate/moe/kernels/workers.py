@@ -7,30 +7,39 @@ much to do. torch computes outside Python's lock, so Python's own threads serve.
 import os
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from threading import Barrier, local
 
 import torch
 from torch import Tensor
 
+from ..precision import autocast_off
+
+_CPU = torch.device("cpu")
+
 
 def in_parallel(function: Callable[[int], object], tasks: Iterable[int]) -> None:
     """Call the function for every task, in as many threads as torch uses, the first tasks first.
 
-    Each call computes with one thread, without autograd and in the caller's inference mode. The first
-    exception is raised when all threads have stopped.
+    Each call computes with one thread, without autograd and autocast, and in the caller's inference mode. The
+    first exception is raised when all threads have stopped.
     """
     num_threads, queue = torch.get_num_threads(), deque(tasks)
     if num_threads == 1 or len(queue) < 2:
-        _drain(function, queue, torch.is_inference_mode_enabled())
+        with autocast_off(_CPU):  # as it is in the other threads
+            _drain(function, queue, torch.is_inference_mode_enabled())
         return
     executor = _executor(num_threads)
-    running: list[Future[None]] = [
-        executor.submit(_drain, function, queue, torch.is_inference_mode_enabled())
-        for _ in range(min(num_threads, len(queue)))
-    ]
-    errors = [future.exception() for future in running]
+    running: list[Future[None]] = []
+    try:
+        for _ in range(min(num_threads, len(queue))):
+            running.append(executor.submit(_drain, function, queue, torch.is_inference_mode_enabled()))
+        errors = [future.exception() for future in running]
+    except BaseException:  # Ctrl-C: the caller goes on, and nothing may then change under its hands
+        queue.clear()
+        wait(running)
+        raise
     for error in filter(None, errors):
         raise error
 
@@ -44,7 +53,7 @@ class Scratch(local):
     def empty(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """The thread's tensor of that name, always of one shape and dtype, with whatever it held last."""
         if name not in self._tensors:
-            self._tensors[name] = torch.empty(shape, dtype=dtype)
+            self._tensors[name] = torch.empty(shape, dtype=dtype, device=_CPU)
         return self._tensors[name]
 
     def cast(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
