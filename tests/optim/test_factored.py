@@ -1,5 +1,7 @@
 """Factored Adam against the second moment as it reads, matrix by matrix."""
 
+import copy
+
 import pytest
 import torch
 
@@ -229,6 +231,28 @@ def test_state_dict_goes_on_where_it_stopped(way, dtype):
         return parameter.detach()
 
     assert torch.equal(run(restore=False), run(restore=True))
+
+
+def test_a_copy_goes_on_as_the_original_does():
+    optimizer = FactoredAdam([torch.nn.Parameter(torch.randn(2, 3, 4).bfloat16())], lr=LR, rounding_seed=5)
+
+    def after_another_step(optimizer: FactoredAdam) -> torch.Tensor:
+        (parameter,) = optimizer.param_groups[0]["params"]
+        optimizer.consume(parameter, 0, torch.ones(1, 3, 4))
+        optimizer.step()
+        return parameter.detach()
+
+    after_another_step(optimizer)
+    assert torch.equal(after_another_step(copy.deepcopy(optimizer)), after_another_step(optimizer))
+
+
+def test_what_is_loaded_has_not_begun():
+    parameter = a_parameter(2, 3, 4)
+    optimizer = FactoredAdam([parameter])
+    stored = copy.deepcopy(optimizer.state_dict())
+    optimizer.consume(parameter, 0, torch.ones(1, 3, 4))
+    optimizer.load_state_dict(stored)
+    assert not optimizer.has_begun
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,22 @@ def test_each_row_is_an_adam_over_the_steps_that_touch_it(beta1, restored):
     assert ("first" in optimizer.state[table]) == bool(beta1)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_state_dict_brings_back_every_bit(dtype):
+    """Counts in bfloat16 would end at 256."""
+    table = torch.nn.Parameter(torch.randn(6, 4, dtype=dtype))
+    optimizer, other = RowAdam([table]), RowAdam([table])
+    table.grad = sparse(torch.randn(6, 4, dtype=dtype), [0, 2])
+    for _ in range(3):
+        optimizer.step()
+    other.load_state_dict(optimizer.state_dict())
+    for key, value in optimizer.state[table].items():
+        restored = other.state[table][key]
+        assert restored is not value
+        assert restored.dtype == value.dtype
+        assert torch.equal(restored, value)
+
+
 def test_where_a_rows_gradients_are_of_one_size_it_is_adam():
     table, other = (torch.nn.Parameter(torch.zeros(2, 4)) for _ in range(2))
     ours = RowAdam([table], lr=LR, beta1=0.8, beta2=BETA2)

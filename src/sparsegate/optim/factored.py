@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .loading import load_as_stored
 from .one_matrix import Constants, Matrices
 from .rounding import RoundingNoise, round_at_random_
 
@@ -104,17 +105,18 @@ class FactoredAdam(torch.optim.Optimizer):
         """
         self._used = used
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_noise": self._noise}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, and of what is loaded: no step has begun in either."""
+        self._matrices, self._begun, self._used = {}, set(), {}
+        super().__setstate__(state)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As every optimizer's, but for dtypes: torch casts what it loads to that of the weights."""
         super().load_state_dict(state_dict)
-        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for number, parameter in zip(numbers, parameters, strict=True):
-            stored = state_dict["state"][number]
-            self.state[parameter] = {
-                key: value.clone() if key in ON_CPU else value.clone().to(parameter.device)
-                for key, value in stored.items()
-            }
+        load_as_stored(self, state_dict, on_cpu=ON_CPU)
 
     @property
     def has_begun(self) -> bool:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .loading import load_as_stored
+
 
 class RowAdam(torch.optim.Optimizer):
     """Adam for each row by itself: its steps are those in which it has a gradient, and no others concern it.
@@ -58,6 +60,11 @@ class RowAdam(torch.optim.Optimizer):
                     gradient = table.grad.coalesce()
                     self._update(table, gradient.indices()[0], gradient.values(), group)
         return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As every optimizer's, but for dtypes: torch casts what it loads to that of the tables."""
+        super().load_state_dict(state_dict)
+        load_as_stored(self, state_dict, on_cpu=())
 
     def _update(self, table_VD: Tensor, row_N: Tensor, grad_ND: Tensor, group: dict[str, Any]) -> None:
         """row_N: each once."""
