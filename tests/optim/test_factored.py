@@ -159,6 +159,46 @@ def test_a_gradient_that_is_not_finite_is_not_consumed(num_matrices, wrong):
     assert not any(value.any() for value in optimizer.state[parameter].values())
 
 
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.bfloat16, 1.0), (torch.float16, 1e-5), (torch.float16, 1e3)]
+)
+def test_a_gradient_in_half_precision_is_squared_in_float32(dtype, size):
+    ours, theirs = (torch.nn.Parameter(torch.zeros(1, 3, 4)) for _ in range(2))
+    grad_EDH = (size * torch.randn(1, 3, 4)).to(dtype)
+    one = FactoredAdam([ours], lr=LR)
+    one.consume(ours, 0, grad_EDH.clone())
+    theirs.grad = grad_EDH.float()
+    FactoredAdam([theirs], lr=LR).step()
+    assert_close(ours, theirs, dtype=torch.float32)
+
+
+def test_weights_that_were_moved_are_updated_where_they_are():
+    parameter = a_parameter(2, 3, 4)
+    optimizer = FactoredAdam([parameter], lr=LR)
+    for _ in range(2):
+        before = parameter.detach().clone()
+        optimizer.consume(parameter, 1, torch.ones(1, 3, 4))
+        optimizer.step()
+        assert (parameter - before)[1].abs().min() > LR / 2
+        parameter.data = parameter.data.clone()  # as vector_to_parameters does
+
+
+@pytest.mark.parametrize("num_matrices", [1, 2])
+def test_a_matrix_is_updated_once_in_a_step(num_matrices):
+    """Several micro-batches' gradients would be as many steps of one number."""
+    parameter = a_parameter(3, 3, 4)
+    optimizer = FactoredAdam([parameter])
+    optimizer.consume(parameter, 1, torch.ones(1, 3, 4))
+    before = parameter.detach().clone()
+    with pytest.raises(RuntimeError, match=r"twice in one step; call step\(\) after each backward pass"):
+        optimizer.consume(parameter, 2 - num_matrices, torch.ones(num_matrices, 3, 4))
+    assert torch.equal(parameter, before)
+    optimizer.consume(parameter, 2, torch.ones(1, 3, 4))
+    optimizer.step()
+    optimizer.consume(parameter, 1, torch.ones(num_matrices, 3, 4))
+    assert not torch.equal(parameter, before)
+
+
 def test_a_step_has_begun_from_its_first_update_to_its_end():
     parameter = a_parameter(2, 3, 4)
     optimizer = FactoredAdam([parameter])
@@ -253,6 +293,15 @@ def test_what_is_loaded_has_not_begun():
     optimizer.consume(parameter, 0, torch.ones(1, 3, 4))
     optimizer.load_state_dict(stored)
     assert not optimizer.has_begun
+
+
+def test_what_belongs_on_the_cpu_is_there_whatever_the_default_device_is():
+    parameter, grad_EDH = torch.nn.Parameter(torch.randn(2, 3, 4).bfloat16()), torch.ones(1, 3, 4)
+    with torch.device("meta"):
+        optimizer = FactoredAdam([parameter], rounding_seed=1)
+        optimizer.consume(parameter, 0, grad_EDH)
+        optimizer.step()
+    assert optimizer.state[parameter]["last"].tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(

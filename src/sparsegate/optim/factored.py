@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .loading import load_as_stored
-from .one_matrix import Constants, Matrices
+from .one_matrix import TWICE, Constants, Matrices
 from .rounding import RoundingNoise, round_at_random_
 
 # Matrices are updated together up to this many numbers, so that no temporary is larger.
@@ -74,8 +74,8 @@ class FactoredAdam(torch.optim.Optimizer):
             self.state[parameter] = {
                 "row": parameter.new_zeros(*leading, num_rows, dtype=wide),
                 "col": parameter.new_zeros(*leading, num_columns, dtype=wide),
-                "last": torch.zeros(leading, dtype=torch.int64),
-                "step": torch.zeros(()),
+                "last": torch.zeros(leading, dtype=torch.int64, device="cpu"),
+                "step": torch.zeros((), device="cpu"),
             }
 
     @torch.no_grad()
@@ -127,17 +127,20 @@ class FactoredAdam(torch.optim.Optimizer):
     def consume(self, weight_EDH: Tensor, first_expert: int, grad_EDH: Tensor) -> None:
         """Update some matrices with their gradient, for the step that `step()` will end; any thread may.
 
-        weight_EDH: the parameter. grad_EDH: of matrices from first_expert on, each of them once in a step.
-        FloatingPointError: it is not finite; these matrices are as they were.
+        weight_EDH: the parameter. grad_EDH: of matrices from first_expert on. FloatingPointError: it is not
+        finite. RuntimeError: one of them has had its update of this step. They are then as they were.
         """
         self._begun.add(weight_EDH)
         if weight_EDH.device.type == "cpu" and len(grad_EDH) == 1:
             self._update_one(weight_EDH, first_expert, grad_EDH[0])
             return
+        state, block = self.state[weight_EDH], slice(first_expert, first_expert + len(grad_EDH))
+        if (state["last"].view(-1)[block] > state["step"]).any():
+            raise RuntimeError(TWICE)
         squares_EDH = _squares(grad_EDH)
         if not squares_EDH.sum().isfinite():
             raise FloatingPointError("the gradient of experts' weights is not finite")
-        self._update(weight_EDH, slice(first_expert, first_expert + len(grad_EDH)), grad_EDH, squares_EDH)
+        self._update(weight_EDH, block, grad_EDH, squares_EDH)
 
     def _update(self, parameter: Tensor, block: slice, grad_EDH: Tensor, squares_EDH: Tensor) -> None:
         """One step of some matrices. squares_EDH: is overwritten."""
@@ -171,7 +174,8 @@ class FactoredAdam(torch.optim.Optimizer):
         group, state = self._group(parameter), self.state[parameter]
         step = int(state["step"]) + 1
         row, matrices = self._matrices.get(parameter, (None, None))
-        if matrices is None or row is not state["row"]:  # the state may have been loaded
+        # The state may have been loaded, and the weights have other memory.
+        if matrices is None or row is not state["row"] or matrices.address != parameter.data_ptr():
             row, shape = state["row"], parameter.shape
             matrices = Matrices(
                 parameter.detach().view(-1, *shape[-2:]),

@@ -13,6 +13,11 @@ from torch import Tensor
 
 from .rounding import round_at_random_
 
+TWICE = (
+    "an expert was to be updated twice in one step; call step() after each backward pass, or let gradients "
+    "add up in .grad"
+)
+
 
 class Constants(NamedTuple):
     """Of one step. correction: 1 - beta2^step."""
@@ -30,6 +35,7 @@ class Matrices:
     """
 
     def __init__(self, weight_EDH: Tensor, row_ED: Tensor, col_EH: Tensor, last_E: Tensor) -> None:
+        self.address = weight_EDH.data_ptr()
         self.weight = weight_EDH.unbind()
         self.row = row_ED.unbind()
         self.col = col_EH.unbind()
@@ -42,11 +48,16 @@ class Matrices:
     ) -> None:
         """noise_DH: with which bfloat16 weights are rounded; None: to the nearest.
 
-        FloatingPointError: the gradient is not finite; nothing has changed.
+        FloatingPointError: the gradient is not finite. RuntimeError: it is the second of this step. Nothing
+        has changed then.
         """
+        if self.last[index] == step:
+            raise RuntimeError(TWICE)
         lr, beta2, eps, correction = constants
         row_D, col_H = self.row[index], self.col[index]
         scaled_DH, value_DH = self._scratch.pair(grad_DH.shape, row_D.dtype)
+        if grad_DH.dtype != row_D.dtype:
+            grad_DH = value_DH.copy_(grad_DH)  # squares of float16 would soon be 0 or infinite
         torch.mul(grad_DH, grad_DH, out=scaled_DH)
         decay = beta2 ** int(step - self.last[index])
         new_row_D = torch.addmv(
@@ -78,10 +89,10 @@ class _Scratch(local):
     """Memory that each thread uses again: what it allocates and frees, the system may take and clear."""
 
     def __init__(self) -> None:
-        self._pair = torch.empty(2, 0)
+        self._pair = torch.empty(2, 0, device="cpu")
 
     def pair(self, shape_DH: torch.Size, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Two tensors of that shape and dtype, with whatever they held last."""
         if self._pair.shape[1:] != shape_DH:
-            self._pair = torch.empty(2, *shape_DH, dtype=dtype)
+            self._pair = torch.empty(2, *shape_DH, dtype=dtype, device="cpu")
         return self._pair[0], self._pair[1]

@@ -46,7 +46,7 @@ class RoundingNoise:
         made_at, table = self._latest.get(parameter, (-1, torch.empty(0)))
         if made_at != step or len(table) != size:
             words = np.random.SeedSequence((self.seed, parameter, step)).generate_state(1, np.uint32)
-            generator = torch.Generator().manual_seed(int(words[0]))
-            table = torch.randint(_LOWER_HALF, (size,), dtype=torch.int32, generator=generator)
+            generator = torch.Generator("cpu").manual_seed(int(words[0]))
+            table = torch.randint(_LOWER_HALF, (size,), dtype=torch.int32, device="cpu", generator=generator)
             self._latest[parameter] = (step, table)
         return table

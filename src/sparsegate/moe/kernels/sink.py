@@ -27,7 +27,7 @@ class GradientSink(Protocol):
         when it will not read that matrix again: it may be changed in place.
 
         weight_EDH: the parameter. grad_EDH: of the experts from first_expert on, in the dtype of the
-        products; its memory may be overwritten.
+        products; its memory may be overwritten, and holds another gradient after the call.
         """
 
 
