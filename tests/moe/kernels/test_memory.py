@@ -12,6 +12,8 @@ import torch
 
 from sparsegate.moe.kernels import memory
 from sparsegate.moe.kernels.memory import recycled_empty
+from sparsegate.moe.layer import MoE
+from sparsegate.moe.losses import importance_loss, load_loss
 
 LARGE = (5, 1 << 20)
 
@@ -162,14 +164,19 @@ def test_sizes_are_rounded_up_by_an_eighth_at_most():
         assert num_bytes <= memory._rounded(num_bytes) <= 1.13 * num_bytes
 
 
-def test_threads_take_and_give_back_at_the_same_time():
+def test_threads_take_and_give_back_at_the_same_time_and_never_the_same_memory():
     errors = []
 
     def take_many(offset):
         try:
+            held = recycled_empty(*LARGE, dtype=torch.float32)[0]
             for size in range(300):
-                recycled_empty((1 << 22) + ((offset + size) % 97 << 19), dtype=torch.float32)
-        except Exception as error:
+                held.fill_(offset + size)
+                taken = recycled_empty((1 << 22) + ((offset + size) % 97 << 19), dtype=torch.float32)
+                taken[: 1 << 10] = -1
+                assert held.eq(offset + size).all()
+                held = taken[: 1 << 10]
+        except BaseException as error:
             errors.append(error)
 
     threads = [threading.Thread(target=take_many, args=(31 * offset,)) for offset in range(4)]
@@ -178,3 +185,33 @@ def test_threads_take_and_give_back_at_the_same_time():
     for thread in threads:
         thread.join()
     assert not errors
+
+
+@pytest.mark.parametrize("kernel", ["threaded", "loop"])
+def test_the_layer_reads_nothing_of_what_was_there_and_writes_into_nothing_that_is_held(kernel, monkeypatch):
+    """Every tensor of 64 bytes is recycled, and is full of NaN when it is taken again."""
+
+    class Spoiled(memory._Blocks):
+        def give_back(self, block):
+            block[:] = b"\xff" * len(block)
+            super().give_back(block)
+
+    def steps():
+        torch.manual_seed(0)
+        moe = MoE.noisy_topk(width=8, hidden=16, num_experts=6, k=2)
+        moe.experts.kernel = kernel
+        torch.nn.init.normal_(moe.gate.w_gate)
+        mask_T = torch.arange(30) % 4 > 0
+        for _ in range(4):
+            x_TD = torch.randn(30, 8, requires_grad=True)
+            y_TD, routing = moe(x_TD, mask_T)
+            loss = y_TD.square().sum() + load_loss(routing) + importance_loss(routing)
+            yield y_TD, *torch.autograd.grad(loss, (x_TD, *moe.parameters()))
+
+    expected = list(steps())
+    monkeypatch.setattr(memory, "_SMALLEST", 64)
+    monkeypatch.setattr(memory, "_BLOCKS", Spoiled())
+    held = list(steps())
+    assert any(memory._BLOCKS.free.values())
+    for ours, theirs in zip(held, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
