@@ -1,6 +1,7 @@
 """The contract of every kernel that computes stacked experts: values and gradients of the plain twin."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -257,28 +258,30 @@ def test_gradients_that_are_to_be_differentiated_are_computed_in_the_same_dtype(
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("keep", [True, False])
 def test_the_threaded_operators_keep_what_they_register(case, activation, keep):
-    routing = routed(case)
+    tensors, pairs_per_token = operator_tensors(routed(case), activation)
+    torch.library.opcheck(threaded._forward, (*tensors, pairs_per_token, activation, torch.float32, keep))
+    torch.library.opcheck(threaded._backward, backward_arguments(case, activation, keep, True, True))
+
+
+@pytest.mark.parametrize(("needs_x", "needs_weights"), [(True, False), (False, True), (False, False)])
+def test_the_backward_operator_keeps_what_it_registers_where_less_is_wanted(needs_x, needs_weights):
+    torch.library.opcheck(
+        threaded._backward, backward_arguments("padded", "swiglu", True, needs_x, needs_weights)
+    )
+
+
+def operator_tensors(routing: Routing, activation: str) -> tuple[list[Tensor], int | None]:
     plan = plan_rows(routing)
-    inputs = operands(routing, activation, torch.float32)
-    tensors = (*inputs, plan.order_N, plan.row_N, plan.token_N, plan.end_E, plan.pairs_T)
-    torch.library.opcheck(
-        threaded._forward, (*tensors, plan.pairs_per_token, activation, torch.float32, keep)
-    )
-    detached = [tensor.detach() for tensor in tensors]
-    kept_NS = torch.randn(len(plan.token_N) if keep else 0, inputs[1].shape[2])
-    torch.library.opcheck(
-        threaded._backward,
-        (
-            torch.randn(inputs[0].shape),
-            *detached,
-            kept_NS,
-            plan.pairs_per_token,
-            activation,
-            torch.float32,
-            True,
-            True,
-        ),
-    )
+    of_plan = [plan.order_N, plan.row_N, plan.token_N, plan.end_E, plan.pairs_T]
+    return [*operands(routing, activation, torch.float32), *of_plan], plan.pairs_per_token
+
+
+def backward_arguments(case: str, activation: str, keep: bool, *needs: bool) -> tuple[Any, ...]:
+    tensors, pairs_per_token = operator_tensors(routed(case), activation)
+    x_TD, w_in_EDS, *_, token_N, _, _ = detached = [tensor.detach() for tensor in tensors]
+    kept_NS = torch.randn(len(token_N) if keep else 0, w_in_EDS.shape[2])
+    rest = (pairs_per_token, activation, torch.float32, *needs)
+    return torch.randn(x_TD.shape), *detached, kept_NS, *rest
 
 
 def test_dtypes_that_differ_are_refused_with_their_names():

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
-from sparsegate.moe.kernels import grouped, reference
+from sparsegate.moe.kernels import grouped, grouped_mm, reference
 from sparsegate.moe.kernels.grouped import grouped_product
 from tests.helpers.derivatives import assert_derivatives, off_by_a_factor
 from tests.helpers.moe_cases import gradients
@@ -79,6 +79,14 @@ def test_the_operators_keep_what_they_register(operator, num_rows, ends):
     torch.library.opcheck(
         OPERATORS[operator], (*operands(operator, num_rows=num_rows, dtype=torch.float32), torch.tensor(ends))
     )
+
+
+@pytest.mark.parametrize("ends", [[1, 3, 5], [0, 7, 7]])
+def test_those_of_torchs_product_keep_what_they_register(ends):
+    rows_ND, weight_EDH, grad_NH = torch.randn(7, 8), torch.randn(3, 8, 4), torch.randn(7, 4)
+    end_E = torch.tensor(ends)
+    torch.library.opcheck(grouped_mm._product, (rows_ND.requires_grad_(), weight_EDH.requires_grad_(), end_E))
+    torch.library.opcheck(grouped_mm._outer, (rows_ND.detach(), grad_NH, end_E))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)

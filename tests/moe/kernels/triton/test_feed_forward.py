@@ -12,7 +12,8 @@ from sparsegate.moe.dispatch import Plan, combine, dispatch, plan_rows
 from sparsegate.moe.kernels import reference
 from sparsegate.moe.kernels.triton import feed_forward as operators
 from sparsegate.moe.kernels.triton.feed_forward import feed_forward
-from sparsegate.moe.kernels.triton.schedule import make_schedule
+from sparsegate.moe.kernels.triton.schedule import Schedule, make_schedule
+from sparsegate.moe.kernels.triton.schedule import _make_schedule as make_schedule_operator
 from sparsegate.moe.routing import Routing, only_group, sums_of_logits
 from tests.helpers.tolerances import assert_close
 
@@ -70,8 +71,13 @@ def assert_equal_to_plain(routing: Routing, activation: str, given: list[Tensor]
         assert_close(our_value, their_value, dtype=dtype, scale=4)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "recompute"),
+    [
+        *((dtype, recompute) for dtype in (torch.float32, torch.bfloat16) for recompute in (False, True)),
+        (torch.float16, False),
+    ],
+)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_values_and_gradients_equal_the_plain_product(activation, dtype, recompute):
     routing = a_routing(23, 5, 2)
@@ -170,24 +176,42 @@ def test_every_row_in_use_lies_in_one_tile_of_its_expert(ends):
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_the_operator_keeps_what_it_registers(keep):
-    routing = a_routing(9, 3, 2)
-    plan, given = plan_rows(routing), operands(routing, "relu", width=6, hidden=5)
-    schedule = make_schedule(plan.end_E, 18)
+    plan, given, schedule = few("relu")
+    of_plan = (plan.order_N, plan.row_N, plan.token_N, plan.pairs_T)
     torch.library.opcheck(
         operators._feed_forward,
-        (
-            *given,
-            plan.order_N,
-            plan.row_N,
-            plan.token_N,
-            plan.pairs_T,
-            *schedule,
-            plan.pairs_per_token,
-            False,
-            keep,
-            torch.float32,
-        ),
+        (*given, *of_plan, *schedule, plan.pairs_per_token, False, keep, torch.float32),
     )
+
+
+@pytest.mark.parametrize("activation", [pytest.param("relu", marks=pytest.mark.nightly), "swiglu"])
+def test_the_other_operators_keep_what_they_register(activation):
+    """Each by itself. None has a derivative, so no input needs one."""
+    plan, given, schedule = few(activation)
+    x_TD, w_in_EDS, w_out_EHD, weight_N = (tensor.detach() for tensor in given)
+    gated, grad_y_TD = activation == "swiglu", torch.randn_like(x_TD)
+    torch.library.opcheck(make_schedule_operator, (plan.end_E, 18))
+    up = x_TD, w_in_EDS, plan.token_N, *schedule, gated
+    torch.library.opcheck(operators._hidden, up)
+    kept = operators._hidden(*up)
+    of_rows = grad_y_TD, w_out_EHD, weight_N, kept, plan.order_N, plan.token_N, *schedule, gated
+    torch.library.opcheck(operators._hidden_gradient, of_rows)
+    grad_pre_NS, weighted_NH, _ = operators._hidden_gradient(*of_rows)
+    torch.library.opcheck(
+        operators._input_gradient,
+        (grad_pre_NS, w_in_EDS, plan.row_N, plan.pairs_T, *schedule, plan.pairs_per_token),
+    )
+    for left, right, gather_left in ((x_TD, grad_pre_NS, True), (weighted_NH, grad_y_TD, False)):
+        torch.library.opcheck(
+            operators._weight_gradient, (left, right, plan.token_N, schedule.first_row_E1, gather_left)
+        )
+
+
+def few(activation: str) -> tuple[Plan, list[Tensor], Schedule]:
+    """Nine tokens, two experts of three for each."""
+    routing = a_routing(9, 3, 2)
+    plan = plan_rows(routing)
+    return plan, operands(routing, activation, width=6, hidden=5), make_schedule(plan.end_E, 18)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
