@@ -2,12 +2,15 @@
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 from sparsegate.moe.dispatch import plan_rows
 from sparsegate.moe.experts.feed_forward import FeedForward
@@ -142,6 +145,21 @@ def test_a_frozen_weight_is_not_given_away(frozen):
     assert {address for address, _ in sink.calls} == {
         weight.data_ptr() for weight in experts.parameters() if weight.requires_grad
     }
+
+
+@pytest.mark.parametrize("kernel", ["threaded", "loop"])
+@pytest.mark.parametrize("way", ["checkpointed", "offloaded"])
+def test_a_sink_gets_the_parameters_whatever_becomes_of_saved_tensors(kernel, way):
+    experts, given = experts_of("relu", kernel=kernel), set()
+    experts.sink = SimpleNamespace(consume=lambda weight_EDH, first_expert, grad_EDH: given.add(weight_EDH))
+    x_TD, routing = torch.randn(7, WIDTH, requires_grad=True), routed("even")
+    if way == "checkpointed":
+        y_TD = checkpoint(experts, x_TD, routing, use_reentrant=False)
+    else:
+        with saved_tensors_hooks(lambda tensor: tensor.detach().clone(), lambda copy: copy):
+            y_TD = experts(x_TD, routing)
+    y_TD.sum().backward()
+    assert given == set(experts.parameters())
 
 
 def test_without_gradients_wanted_nothing_is_given_away():

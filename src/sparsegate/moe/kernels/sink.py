@@ -71,6 +71,8 @@ class _Sunk(torch.autograd.Function):
             x_TD, w_in_EDS, w_out_EHD, weight_N, plan, activation=activation, dtype=dtype, keep=keep
         )
         ctx.save_for_backward(x_TD, w_in_EDS, w_out_EHD, weight_N, kept_NS)
+        # Activation checkpointing, and whatever else has a hook on what is saved, gives back others.
+        ctx.parameters = w_in_EDS, w_out_EHD
         ctx.plan, ctx.activation, ctx.dtype, ctx.sink = plan, activation, dtype, sink
         return y_TD
 
@@ -79,6 +81,7 @@ class _Sunk(torch.autograd.Function):
         _require_first_derivative()
         (grad_TD,) = grads
         x_TD, w_in_EDS, w_out_EHD, weight_N, kept_NS = ctx.saved_tensors
+        in_parameter, out_parameter = ctx.parameters
         needs_x, needs_in, needs_out, needs_weight = ctx.needs_input_grad[:4]
 
         scratch = Scratch()
@@ -89,9 +92,9 @@ class _Sunk(torch.autograd.Function):
 
         def sink(expert: int, rows: Rows) -> None:
             if needs_out:
-                give("out", w_out_EHD, expert, rows.hidden_NH, rows.grad_out_ND)
+                give("out", out_parameter, expert, rows.hidden_NH, rows.grad_out_ND)
             if needs_in:
-                give("in", w_in_EDS, expert, rows.input_ND, rows.grad_in_NS)
+                give("in", in_parameter, expert, rows.input_ND, rows.grad_in_NS)
 
         grad_x_TD, grad_weight_N = expert_by_expert.backward(
             grad_TD,
