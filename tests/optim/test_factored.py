@@ -310,6 +310,7 @@ def test_what_belongs_on_the_cpu_is_there_whatever_the_default_device_is():
         ({"lr": -1.0}, r"lr \(-1.0\) must not be negative"),
         ({"beta2": 1.0}, r"beta2 \(1.0\) must be at least 0 and below 1"),
         ({"eps": 0.0}, r"eps \(0.0\) must be above 0"),
+        ({"rounding_seed": -1}, r"rounding_seed \(-1\) must not be negative"),
     ],
 )
 def test_what_cannot_be_is_refused(wrong, message):

@@ -54,6 +54,8 @@ class FactoredAdam(torch.optim.Optimizer):
             raise ValueError(f"beta2 ({beta2}) must be at least 0 and below 1")
         if not eps > 0:
             raise ValueError(f"eps ({eps}) must be above 0")
+        if rounding_seed is not None and rounding_seed < 0:
+            raise ValueError(f"rounding_seed ({rounding_seed}) must not be negative")
         self._noise = None if rounding_seed is None else RoundingNoise(rounding_seed)
         self._matrices: dict[Tensor, tuple[Tensor, Matrices]] = {}
         self._begun: set[Tensor] = set()
