@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from sparsegate import load
-from sparsegate.cli import evaluate
+from sparsegate.cli import evaluate, evaluate_translation
 from sparsegate.cli.main import main
 from sparsegate.data import Dataset
 from sparsegate.models.gates import ExpertChoiceGate
+from sparsegate.recipes.translation_run import TranslationRun
 from tests.helpers.runs import make_run, make_translation_dataset
 
 
@@ -143,6 +144,32 @@ def test_a_run_is_compared_with_another_and_with_a_file(tmp_path: Path, capsys: 
     chrf = with_run["pairs"]["en-fr"]["scores"][1]["value"]
     assert compared[1]["system"] == pytest.approx(chrf)
     assert 0 < compared[1]["p_value"] <= 1
+
+
+def test_a_baseline_that_does_not_fit_is_refused_before_anything_is_translated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    file = tmp_path / "three.txt"
+    file.write_bytes(b"one\ntwo\rtwo\nthree\n")  # a carriage return ends no line
+    message = f"{file}: has 3 lines, but 12 sentences are translated"
+    monkeypatch.setattr(TranslationRun, "evaluate", None)
+    for against, wrong in ((str(file), message), ("nowhere", "nowhere: No such file")):
+        assert main(["evaluate", "runs/en-fr", "--against", against]) == 2
+        assert wrong in capsys.readouterr().err
+
+
+def test_translations_are_kept_when_the_comparison_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def fails(*args: object, **keywords: object) -> None:
+        raise ValueError("cannot be compared")
+
+    monkeypatch.setattr(evaluate_translation, "compare", fails)
+    out = tmp_path / "kept"
+    words = ["--greedy", "--sentences", "3", "--against", "runs/dense", "--out", str(out)]
+    assert main(["evaluate", "runs/en-fr", *words]) == 2
+    assert "cannot be compared" in capsys.readouterr().err
+    assert len((out / "en-fr.hypotheses.txt").read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize(

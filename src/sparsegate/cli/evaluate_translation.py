@@ -75,13 +75,15 @@ def run(args: Namespace, trained: TranslationRun) -> None:
     if args.sentences is not None and args.sentences < 1:
         raise ValueError(f"--sentences ({args.sentences}) must be at least 1")
     require_scores()
+    baseline = _baseline(args, trained)
     result = _evaluate(args, trained)
     if not math.isfinite(result.likelihood.nll_nats):
         raise ValueError(f"{args.run}: its likelihood is not finite; use an earlier checkpoint")
-    compared = {} if args.against is None else _compare(args, result)
     folder = args.out or args.run / "translations" / f"{args.split}-step-{trained.step}"
+    _write_lines(folder, result)  # whatever becomes of the comparison
+    compared = {} if baseline is None else _compare(args, baseline, result)
     report = _as_json(args, trained, result, compared)
-    _write(folder, result, report)
+    write_atomically(folder / "scores.json", json.dumps(report, indent=1).encode() + b"\n")
     if args.json:
         print(json.dumps(report))
     else:
@@ -101,12 +103,40 @@ def _evaluate(args: Namespace, trained: TranslationRun) -> TranslationEvaluation
         )
 
 
-def _compare(args: Namespace, result: TranslationEvaluation) -> dict[str, list[Comparison]]:
-    """Each pair's comparison with what `--against` names, which is the baseline."""
-    baselines = _baselines(args, result)
+Baseline = TranslationRun | list[str]
+
+
+def _baseline(args: Namespace, trained: TranslationRun) -> Baseline | None:
+    """What `--against` names: a run, or one pair's hypotheses. What is wrong with it shows before anything is
+    translated."""
+    if args.against is None:
+        return None
+    if holds_run(args.against):
+        return require_translation(load(args.against, device=args.device))
+    part = trained.dataset(args.data).part(args.split)
+    names = args.pair or list(part)
+    if len(names) > 1:
+        raise ValueError(f"{args.against}: is one file for {len(names)} pairs; choose one by --pair")
+    lines = _lines(args.against)
+    if names[0] in part:  # evaluation refuses another
+        number = part[names[0]].num_examples
+        number = number if args.sentences is None else min(number, args.sentences)
+        if len(lines) != number:
+            raise ValueError(
+                f"{args.against}: has {len(lines):,} lines, but {number:,} sentences are translated; "
+                "give the hypotheses of the same ones"
+            )
+    return lines
+
+
+def _compare(
+    args: Namespace, baseline: Baseline, result: TranslationEvaluation
+) -> dict[str, list[Comparison]]:
+    """Each pair's comparison with the baseline."""
+    hypotheses = _hypotheses(args, baseline, result)
     return {
         name: compare(
-            baselines[name],
+            hypotheses[name],
             pair.hypotheses,
             pair.references,
             target_language=name.partition("-")[2],
@@ -116,11 +146,11 @@ def _compare(args: Namespace, result: TranslationEvaluation) -> dict[str, list[C
     }
 
 
-def _baselines(args: Namespace, result: TranslationEvaluation) -> dict[str, list[str]]:
-    """The hypotheses of `--against`, by pair; they are of the same sentences."""
-    if not holds_run(args.against):
-        return {_only(args, result): _lines(args.against)}
-    other = _evaluate(args, require_translation(load(args.against, device=args.device)))
+def _hypotheses(args: Namespace, baseline: Baseline, result: TranslationEvaluation) -> dict[str, list[str]]:
+    """The baseline's, by pair; they are of the same sentences."""
+    if not isinstance(baseline, TranslationRun):
+        return dict.fromkeys(result.pairs, baseline)
+    other = _evaluate(args, baseline)
     for name, pair in result.pairs.items():
         if name not in other.pairs or other.pairs[name].references != pair.references:
             raise ValueError(
@@ -129,15 +159,10 @@ def _baselines(args: Namespace, result: TranslationEvaluation) -> dict[str, list
     return {name: pair.hypotheses for name, pair in other.pairs.items()}
 
 
-def _only(args: Namespace, result: TranslationEvaluation) -> str:
-    if len(result.pairs) > 1:
-        raise ValueError(f"{args.against}: is one file for {len(result.pairs)} pairs; choose one by --pair")
-    return next(iter(result.pairs))
-
-
 def _lines(path: Path) -> list[str]:
+    """As sacrebleu reads them: a carriage return within a line does not end it."""
     try:
-        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        return path.read_bytes().decode().removesuffix("\n").split("\n")
     except UnicodeDecodeError:
         raise ValueError(f"{path}: is not UTF-8; convert it with iconv") from None
 
@@ -173,13 +198,12 @@ def _pair_as_json(pair: PairEvaluation, compared: list[Comparison]) -> dict[str,
     }
 
 
-def _write(folder: Path, result: TranslationEvaluation, report: Mapping[str, Any]) -> None:
-    """Files that sacrebleu's own command reads, and the numbers."""
+def _write_lines(folder: Path, result: TranslationEvaluation) -> None:
+    """Files that sacrebleu's own command reads."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, pair in result.pairs.items():
         write_lines(folder / f"{name}.hypotheses.txt", pair.hypotheses)
         write_references(folder / f"{name}.references.txt", pair.references)
-    write_atomically(folder / "scores.json", json.dumps(report, indent=1).encode() + b"\n")
 
 
 def _print(
