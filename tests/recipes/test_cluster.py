@@ -60,6 +60,19 @@ def test_a_step_takes_what_the_roofline_says():
     assert layout.rows_per_expert == 4 * 8192 / 32
 
 
+@pytest.mark.parametrize("devices", [1, 2, 3, 16])
+def test_a_step_waits_for_the_device_that_has_most_experts(devices: int):
+    """Appendix C.1: of MoE-4 on 16 GPUs four did the experts' work."""
+    machine = Machine(devices=devices, flops=1e12, efficiency=0.5)
+    layout, tokens = laid("moe-4", machine, batch_tokens=48 * 64), 48 * 64
+    most = {1: 4, 2: 2, 3: 2, 16: 1}[devices]
+    rows_of_an_expert, expert = tokens, 2 * 512 * 1024  # all four see all tokens
+    model = recipe("moe-4").model
+    rest = arithmetic_flops(model) - 6 * 4 * expert
+    flops = rest * tokens / devices + 6 * most * rows_of_an_expert * expert
+    assert layout.arithmetic_seconds == pytest.approx(flops / 5e11)
+
+
 def test_one_device_sends_nothing():
     layout = laid("moe-32", Machine())
     assert layout.all_to_all_bytes == layout.all_reduce_bytes == 0
