@@ -8,7 +8,7 @@ import pytest
 from sparsegate.cli.main import main
 from sparsegate.cli.plan import quantity
 from sparsegate.recipes.planner import plan
-from sparsegate.recipes.registry import recipe
+from sparsegate.recipes.registry import RECIPES, recipe
 
 Capture = pytest.CaptureFixture[str]
 
@@ -93,6 +93,16 @@ def test_fields_of_the_recipe_can_be_changed(capsys: Capture):
     assert more["parameters"] - json.loads(capsys.readouterr().out)["parameters"] == 32 * 2 * 512 * (1024 + 1)
 
 
+@pytest.mark.parametrize("columns", ["60", "77", "100"])
+def test_help_has_the_names_of_all_recipes_whole(
+    columns: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    assert set(RECIPES) <= {word.strip(",") for word in capsys.readouterr().out.split()}
+
+
 @pytest.mark.parametrize("name", ["moe-256", "translation-moe-512-h"])
 def test_people_read_the_same_numbers(name: str, capsys: Capture):
     assert main(["plan", name]) == 0
@@ -115,6 +125,8 @@ def test_people_read_the_same_numbers(name: str, capsys: Capture):
         (["moe-32", "--model.hidden", "many"], "model.hidden (many)"),
         (["moe-32", "--memory", "much"], "much: give a number, as 80GiB, 450GB or 1e12"),
         (["moe-32", "--memory", "1.2.3"], "1.2.3: give a number"),
+        (["moe-32", "--memory", "1e400"], "1e400: give a number"),
+        (["translation-moe-32", "--memory-bandwidth", "1T"], "--memory-bandwidth: is for language models"),
         (["moe-32", "--devices", "0"], "devices (0) must be above 0"),
         (["moe-32", "--efficiency", "2"], "efficiency (2.0) must be above 0 and at most 1"),
         (["small-moe-32", "--devices", "2000"], "devices (2,000) must not exceed the 1,024 tokens"),

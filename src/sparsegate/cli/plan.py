@@ -1,6 +1,7 @@
 """`sparsegate plan`: what a model costs, before it is built."""
 
 import json
+import math
 import re
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterator, Mapping
@@ -39,9 +40,10 @@ def quantity(text: str) -> float:
     match = re.fullmatch(
         r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?) ?([kmgtp]?|[kmgt]i)(?:b|flops|flop|b/s|flop/s)?", text.lower()
     )
-    if match is None:
+    number = math.inf if match is None else float(match[1]) * _UNITS[match[2]]
+    if not math.isfinite(number):
         raise ArgumentTypeError(f"{text}: give a number, as 80GiB, 450GB or 1e12")
-    return float(match[1]) * _UNITS[match[2]]
+    return number
 
 
 def add_arguments(parser: Parser) -> None:
@@ -67,6 +69,8 @@ def run(args: Namespace) -> int:
     model = args.config.model
     counted = plan(model)
     if not isinstance(model, MixtureLM | FeedForwardLM | RecurrentLM):
+        for name in (f.name for f in fields(Machine) if getattr(args, f.name) is not None):
+            raise ValueError(f"--{name.replace('_', '-')}: is for language models; leave it out")
         _print(args, asdict(counted), [(args.name, _counts(counted))])
         return 0
     method, tokens = method_of(args.config), batch_tokens(args.config)

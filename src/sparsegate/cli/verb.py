@@ -71,7 +71,7 @@ def _parser(verb: Verb, *, name: str, summary: str) -> Parser:
     parser = Parser(
         prog=f"sparsegate {name}",
         description=f"{summary}\n\nexample:\n{example}",
-        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=32),
+        formatter_class=partial(_HelpFormatter, max_help_position=32),
         allow_abbrev=False,
         add_help=False,
     )
@@ -79,6 +79,13 @@ def _parser(verb: Verb, *, name: str, summary: str) -> Parser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("-h", "--help", action=_Help, config=verb.config, help="show this help and leave")
     return parser
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Leaves names such as `news-moe-4096-h` whole, so that they can be found and copied."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
 class _Help(argparse.Action):
