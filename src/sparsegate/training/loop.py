@@ -60,7 +60,7 @@ def train(
             task = open_task(config)
             config = task.config
             check_run_folder(folder, config, resume=resume)
-            require_memory_for(config)
+            require_memory_for(config, ranks)
         ranks.require_same(what_is_learned(config))
         with ranks.together():
             reporter = make_reporter(config, folder, console, ranks)

@@ -1,17 +1,38 @@
 """What a run takes of memory, asked before any of it is taken."""
 
-from ..models import MixtureLM
+from ..models import MixtureLM, build
 from ..models.memory import BFLOAT16, FLOAT32, Method, available_memory, require_memory
 from ..models.translation import Translation
 from .config import ContinuousConfig, RunConfig, SentencesConfig
 from .making import resolve_device
+from .ranks import ALONE, Ranks
 
 
-def require_memory_for(config: RunConfig) -> None:
-    """ValueError, with both figures, for a language model that cannot be trained in what is free."""
+def require_memory_for(config: RunConfig, ranks: Ranks = ALONE) -> None:
+    """ValueError, with both figures, for a model that cannot be trained in what is free."""
     available = available_memory(resolve_device(config.training.device))
-    if available is not None and not isinstance(config.model, Translation):
+    if available is None:
+        return
+    if isinstance(config.model, Translation):
+        _require_state(config, config.model, ranks.num_ranks, available)
+    else:
         require_memory(config.model, method_of(config), available=available)
+
+
+def _require_state(config: RunConfig, translation: Translation, num_ranks: int, available: int) -> None:
+    """Of translation models, whose activations nobody predicts, what weights, gradients and Adam take."""
+    model, optim = build(translation, device="meta"), config.optim
+    experts = sum(p.numel() for p in model.expert_parameters())
+    others = sum(p.numel() for p in model.parameters()) - experts
+    of_expert = BFLOAT16 if "bfloat16" in translation.expert_dtypes() else FLOAT32
+    of_expert *= 1 if optim.in_backward else 2
+    of_expert += 2 * FLOAT32 if optim.experts == "adam" else 0
+    needed = others * 4 * FLOAT32 + experts // num_ranks * of_expert
+    if needed > available:
+        raise ValueError(
+            f"model: weights, gradients and optimizer alone take {needed / 2**30:,.1f} GiB, and "
+            f"{available / 2**30:,.1f} GiB are free; use --optim.experts factored, or fewer experts"
+        )
 
 
 def method_of(config: RunConfig) -> Method:

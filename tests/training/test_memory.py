@@ -1,0 +1,32 @@
+"""What a run takes is compared with what is free before it is taken."""
+
+from dataclasses import replace
+
+import pytest
+
+from sparsegate.recipes.registry import recipe
+from sparsegate.training import memory
+from sparsegate.training.config import OptimConfig
+from sparsegate.training.memory import require_memory_for
+
+
+@pytest.mark.parametrize(
+    ("optim", "of_expert"),
+    [
+        (OptimConfig(), 16),
+        (OptimConfig(experts="factored"), 8),
+        (OptimConfig(experts="factored", in_backward=True), 4),
+    ],
+)
+def test_a_translation_model_takes_at_least_its_weights_gradients_and_moments(
+    monkeypatch: pytest.MonkeyPatch, optim: OptimConfig, of_expert: int
+):
+    config = replace(recipe("translation-moe-512-h"), optim=optim)
+    experts = 2 * 512 * 2 * 512 * 2048  # an encoder's and a decoder's, of two matrices each
+    others = 102.3e6  # of the model without mixtures, and gates
+    needed = 16 * others + of_expert * experts
+    monkeypatch.setattr(memory, "available_memory", lambda device: round(1.01 * needed))
+    require_memory_for(config)
+    monkeypatch.setattr(memory, "available_memory", lambda device: round(0.98 * needed))
+    with pytest.raises(ValueError, match=r"model: weights, gradients and optimizer alone take .* GiB, and"):
+        require_memory_for(config)
