@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from sparsegate.cli.main import main
+from sparsegate.training import memory
 from tests.helpers.runs import make_dataset
 
 Capture = pytest.CaptureFixture[str]
@@ -141,6 +143,25 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_made(
     assert told.count("\n") == 1
     assert message in told
     assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_trained_here_is_refused_before_anything_is_made(
+    data: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(memory, "available_memory", lambda device: 1 << 20)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for more, message in (
+        ([], "models (small-4xlstm), scale (laptop): model: training it takes about "),
+        (
+            ["--scale", "gpu", "--models", "moe-4"],
+            "scale (gpu): training.device (cuda): this torch sees no GPU",
+        ),
+    ):
+        assert main(words(data, tmp_path / "out", *more)) == 2
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1
+        assert message in told
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(data: Path, tmp_path: Path, capsys: Capture):

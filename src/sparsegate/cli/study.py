@@ -33,7 +33,12 @@ def add_arguments(parser: Parser) -> None:
         metavar="DIR",
         help="folder of the study; one that is there goes on",
     )
-    parser.add_argument("--scale", choices=SCALES, default="laptop", help="defaults of (default: laptop)")
+    parser.add_argument(
+        "--scale",
+        choices=SCALES,
+        default="laptop",
+        help="where the defaults of the other options are from, and what trains (default: laptop)",
+    )
     asked = parser.add_argument_group("what is compared; a study that is there can be given more of it")
     asked.add_argument(
         "--models",
@@ -78,8 +83,18 @@ def add_arguments(parser: Parser) -> None:
         help="the best of them for each model, after a short training; one alone is taken as it is "
         f"(laptop: {_words(SCALES['laptop'].learning_rates)})",
     )
-    fixed.add_argument("--search-words", type=int, metavar="N", help="of each trial of a learning rate")
-    fixed.add_argument("--batch-words", type=int, metavar="N", help="tokens in a batch, about")
+    fixed.add_argument(
+        "--search-words",
+        type=int,
+        metavar="N",
+        help=f"of each trial of a learning rate (laptop: {SCALES['laptop'].search_words})",
+    )
+    fixed.add_argument(
+        "--batch-words",
+        type=int,
+        metavar="N",
+        help=f"tokens in a batch, about (laptop: {SCALES['laptop'].batches.batch_words})",
+    )
     fixed.add_argument("--dropout", type=float, default=0.0, metavar="X", help="of all models (default: 0)")
     parser.add_argument(
         "--report", action="store_true", help="train nothing; results and figures of what is there"
@@ -92,7 +107,7 @@ def run(args: Namespace) -> int:
         report(args.out, read_study(args.out), console)
         return 0
     study = study_of(args)
-    study.check()
+    study.check(Dataset.open(args.data))
     open_folder(args.out, study)
     for name in study.models:
         ops = plan(study.run_config(name).model).ops_per_timestep

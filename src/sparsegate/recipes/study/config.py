@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Literal
 
 from ...benchmarking.measuring import circumstances
+from ...data import Dataset
 from ...training.config import RunConfig, SentencesConfig, require
+from ...training.memory import require_memory_for
 from ...training.overrides import from_json, to_json
+from ...training.run_folder import for_dataset
 from ...training.storage import make_directory, read_json, write_json_atomically
 from ...training.strict_json import Json
 from .ladder import SCALES, Gates, Scale, budget_of, for_study, language_model, member
@@ -75,10 +78,14 @@ class Study:
         config = for_study(config, self.defaults, batches=self.batches, dropout=self.dropout)
         return replace(config, data=self.data)
 
-    def check(self) -> None:
-        """Refuse models that are not of equal cost, before anything is trained."""
+    def check(self, dataset: Dataset) -> None:
+        """Refuse models that are not of equal cost, or that cannot be trained here, before anything is."""
         for name in (*self.models, *self.other_costs):
-            self.run_config(name)
+            config = for_dataset(self.run_config(name), dataset)
+            try:
+                require_memory_for(config)
+            except ValueError as error:
+                raise ValueError(f"models ({name}), scale ({self.scale}): {error}") from None
 
 
 def open_folder(folder: Path, study: Study) -> None:
