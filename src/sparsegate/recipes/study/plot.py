@@ -156,7 +156,17 @@ def _frame(figure: Figure, axes: Axes, title: str, what: str, rows: Sequence[Row
     for kind, color in COLORS.items():
         if any(row.kind == kind for row in rows):
             axes.plot([], [], MARKERS[kind], color=color, ms=6, label=kind)
-    axes.legend(loc="best", frameon=False, fontsize=9, labelcolor=INK)
+    # Below: within a panel it would lie on some interval.
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower right",
+        ncols=len(labels),
+        frameon=False,
+        fontsize=9,
+        labelcolor=INK,
+    )
     over = {f"over {len(row.seeds)} seeds" if len(row.seeds) > 1 else "over test text" for row in rows}
     figure.supxlabel(
         f"bars: 95% intervals, {' or '.join(sorted(over))}", x=0.01, ha="left", fontsize=9, color=INK
@@ -164,7 +174,7 @@ def _frame(figure: Figure, axes: Axes, title: str, what: str, rows: Sequence[Row
 
 
 def _millions(words: int) -> str:
-    return f"{words / 1e6:,.3g} million"
+    return f"{words / 1e6:,.3g} million" if words >= 1e5 else f"{words:,}"
 
 
 def _save(figure: Figure, path: Path) -> list[Path]:
