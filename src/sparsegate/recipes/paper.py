@@ -2,7 +2,10 @@
 
 The paper leaves open the learning rate, Adam's constants, gradient clipping, the length at which sentences
 are cut and the initialisers. These are choices of this project and stand in `training/config.py` and in the
-layers; the learning rate is worth a search (`sparsegate search`) on any dataset.
+layers; the learning rate is worth a search (`sparsegate search`) on any dataset. Of MoE-34M and MoE-143M it
+does not repeat batch, schedule and loss weights: they are those of the others. It trains with a sampled
+softmax, these recipes with the full one, which a dataset's smaller vocabulary may need; at the paper's
+vocabulary add `--model.softmax-samples 8192`.
 """
 
 from ..models import FeedForwardLM, LanguageModelConfig, MixtureLM, RecurrentLM

@@ -1,8 +1,9 @@
 """The translation models of the paper (sections 5.3 and 5.4, appendix E), and dense ones to compare with.
 
 The paper leaves open the number of groups of the hierarchies, the width of attention, whether the encoder
-reads in both directions (`docs/decisions/0012-translation-models.md`), the learning rate and the number of
-steps. It has two embedding tables and a softmax.
+reads in both directions (`docs/decisions/0012-translation-models.md`), the learning rate, the number of
+steps, and the dropout of the multilingual models (none here). A batch is that of one of its up to 64 GPUs;
+for all of them give 64 times as many `batches.batch-subwords`. It has two embedding tables and a softmax.
 """
 
 from ..models.gates import BalancedGate, HierarchicalGate, NoisyTopKGate
