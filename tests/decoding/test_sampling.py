@@ -9,7 +9,7 @@ from sparsegate.data.normalization import PLAIN, TOKENIZED
 from sparsegate.decoding import sampling as sampling_module
 from sparsegate.decoding.choice import Sampling
 from sparsegate.decoding.sampling import generate, stream
-from tests.helpers.language_models import tiny_mixture, tiny_recurrent, token_by_token
+from tests.helpers.language_models import tiny_adaptive, tiny_mixture, tiny_recurrent, token_by_token
 
 WORDS = WordVocabulary(
     words=["</s>", "<unk>", "a", "b", "c", "d"], counts=[1, 1, 1, 1, 1, 1], normalization=TOKENIZED
@@ -43,8 +43,9 @@ def argmax_loop(model, vocabulary, prompt, max_tokens):
 
 
 @each_vocabulary
-def test_temperature_zero_is_an_argmax_loop(vocabulary):
-    model = tiny_mixture(vocabulary.size)
+@pytest.mark.parametrize("make_model", [tiny_mixture, tiny_adaptive])
+def test_temperature_zero_is_an_argmax_loop(vocabulary, make_model):
+    model = make_model(vocabulary.size)
     results = outputs(model, vocabulary, PROMPTS, 2, temperature=0.0, max_tokens=6)
     assert [result.prompt for result in results] == PROMPTS
     for result in results:

@@ -7,7 +7,7 @@ from sparsegate.data import ByteVocabulary, WordVocabulary
 from sparsegate.data.normalization import TOKENIZED
 from sparsegate.decoding import scoring
 from sparsegate.decoding.scoring import score, score_lines
-from tests.helpers.language_models import tiny_mixture, tiny_recurrent, token_by_token
+from tests.helpers.language_models import tiny_adaptive, tiny_mixture, tiny_recurrent, token_by_token
 
 BYTES = ByteVocabulary(normalization=TOKENIZED)
 WORDS = WordVocabulary(
@@ -22,7 +22,7 @@ def expected_logprobs(model, vocabulary, line):
     return [float(logprobs_SV[step, token]) for step, token in enumerate(tokens)]
 
 
-@pytest.mark.parametrize("make_model", [tiny_mixture, tiny_recurrent])
+@pytest.mark.parametrize("make_model", [tiny_mixture, tiny_recurrent, tiny_adaptive])
 @pytest.mark.parametrize("vocabulary", [BYTES, WORDS], ids=["bytes", "words"])
 @pytest.mark.parametrize("max_tokens", [1, 7, 4096])
 def test_log_probabilities_are_those_of_the_model_read_token_by_token(

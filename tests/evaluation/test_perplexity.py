@@ -181,6 +181,8 @@ def test_sizes_below_one_are_refused(name):
 def test_a_large_vocabulary_is_read_in_pieces_of_the_same_sum(monkeypatch):
     model = tiny_recurrent(VOCABULARY.size, dtype=torch.float64)
     whole = evaluate(model, TEXT, batch_size=3, num_steps=4)
-    monkeypatch.setattr("sparsegate.decoding.likelihood._MAX_LOGITS", 11)
+    monkeypatch.setattr("sparsegate.models.cross_entropy.MAX_LOGITS", 11)
+    monkeypatch.setattr("sparsegate.models.cross_entropy._BLOCK_LOGITS", 0)
+    monkeypatch.setattr("sparsegate.models.cross_entropy._LEAST_WORDS", 2)
     pieces = evaluate(model, TEXT, batch_size=3, num_steps=4)
     assert pieces.nll_nats == pytest.approx(whole.nll_nats, abs=1e-12)

@@ -19,6 +19,14 @@ def tiny_recurrent(vocab_size, *, seed=0, dtype=torch.float32, scale=3.0):
     return _spread(build(config, dtype=dtype), seed, scale)
 
 
+def tiny_adaptive(vocab_size, *, seed=0, dtype=torch.float32, scale=3.0):
+    """Two LSTMs and an adaptive softmax with one cluster."""
+    config = RecurrentLM(
+        vocab_size=vocab_size, width=8, lstm_units=8, dropout=0.5, num_layers=2, softmax_cutoffs=(3,)
+    )
+    return _spread(build(config, dtype=dtype), seed, scale)
+
+
 def _spread(model, seed, scale):
     """Every weight random: gates start at zero, where all experts tie."""
     generator = torch.Generator().manual_seed(seed)

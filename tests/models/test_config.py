@@ -27,6 +27,11 @@ from tests.helpers.model_cases import CONFIGS
             {"softmax_samples": -1},
             r"model.softmax-samples \(-1\) must be at least 1, or 0 for all words",
         ),
+        (
+            "recurrent",
+            {"softmax_samples": 4, "softmax_cutoffs": (3,)},
+            r"model.softmax-samples \(4\) must be 0 with model.softmax-cutoffs",
+        ),
         ("recurrent", {"num_layers": 0}, r"model.num-layers \(0\) must be at least 1"),
         ("recurrent", {"dropout": 1.0}, r"model.dropout \(1.0\) must be at least 0 and below 1"),
         ("recurrent", {"dropout": -0.1}, r"model.dropout \(-0.1\) must be at least 0 and below 1"),

@@ -20,6 +20,7 @@ MODELS = [
     MixtureLM(**COMMON, lstm_units=6, num_experts=5, k=2, hidden=7, experts="swiglu"),
     FeedForwardLM(**COMMON, lstm_units=6, hidden=(7, 8)),
     RecurrentLM(**COMMON, lstm_units=9, lstm_projection=6, num_layers=2),
+    MixtureLM(**COMMON, lstm_units=6, num_experts=5, k=2, hidden=7, softmax_cutoffs=(4,)),
 ]
 METHOD = Method(tokens=10)
 
@@ -42,9 +43,9 @@ def test_weights_gradients_and_state_are_those_of_a_model_that_is_trained(config
     assert memory.optimizer == sum(t.nbytes for s in state for name, t in s.items() if name != "step")
 
 
-@pytest.mark.parametrize("samples", [0, 4])
-def test_the_state_of_tables_with_sparse_gradients_is_that_of_their_optimizer(samples: int):
-    config = replace(MODELS[3], softmax_samples=samples)
+@pytest.mark.parametrize("softmax", [{}, {"softmax_samples": 4}, {"softmax_cutoffs": (4,)}], ids=str)
+def test_the_state_of_tables_with_sparse_gradients_is_that_of_their_optimizer(softmax: dict[str, object]):
+    config = replace(MODELS[3], **softmax)
     model = build(config).train()
     optimizers = with_optimizers(
         model, RunConfig(name="any", model=config, optim=OptimConfig(tables="rows"))
@@ -82,9 +83,27 @@ def test_a_vocabulary_that_is_sampled_needs_no_logits_of_all_words():
     config = replace(recipe("moe-256").model, softmax_samples=8192)
     method = Method(tokens=2048, sparse_rows=True)
     sampled, full = training_memory(config, method), of("moe-256", sparse_rows=True)
-    assert full.softmax == 3 * 2048 * 793_471 * 4
-    assert sampled.softmax < 0.02 * full.softmax
+    assert sampled.softmax < 0.1 * (3 * 2048 * 793_471 * 4)
     assert full.gradients - sampled.gradients == (793_471 - 2048 - 8192) * 513 * 4
+
+
+def test_of_many_words_there_are_never_all_logits_and_of_few_three_times():
+    config = recipe("moe-256").model
+    few = training_memory(replace(config, vocab_size=8000), Method(tokens=2048))
+    assert few.softmax == 3 * 2048 * 8000 * 4
+    assert of("moe-256").softmax < 32 * 2**20
+    assert of("moe-256", tokens=1 << 17).softmax < 2 * (1 << 17) * (512 + 256) * 4
+
+
+def test_an_adaptive_softmax_takes_less_of_everything():
+    config = recipe("moe-256").model
+    method = Method(tokens=2048)
+    full = training_memory(config, method)
+    adaptive = training_memory(replace(config, softmax_cutoffs=(20_000, 200_000)), method)
+    softmax = 512 * 20_002 + (512 + 180_000) * 128 + (512 + 593_471) * 32
+    assert adaptive.tables == 4 * (793_471 * 512 + softmax)
+    assert full.gradients - adaptive.gradients == full.tables - adaptive.tables
+    assert full.optimizer - adaptive.optimizer == 2 * (full.tables - adaptive.tables)
 
 
 def test_the_papers_largest_model_has_about_a_billion_parameters_on_each_of_128_devices():

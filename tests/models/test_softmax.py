@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sparsegate.models.softmax import OutputSoftmax, draw_log_uniform, log_chance
+from sparsegate.models.softmax import AdaptiveSoftmax, OutputSoftmax, draw_log_uniform, log_chance
 from tests.helpers.moe_cases import gradients
 from tests.helpers.tolerances import TOLERANCES, assert_close
 
@@ -158,3 +158,82 @@ def test_a_sparse_gradient_is_the_dense_one_in_the_rows_of_targets_and_candidate
     assert_close(sparse.to_dense(), dense)
     for other, sparse_other in zip(others, sparse_others, strict=True):
         assert torch.equal(other, sparse_other)
+
+
+CUTOFFS = (8, 20)
+
+
+def an_adaptive_softmax(dtype=torch.float64) -> AdaptiveSoftmax:
+    return AdaptiveSoftmax(vocab_size=VOCAB, width=16, cutoffs=CUTOFFS, dtype=dtype)
+
+
+TARGETS = {
+    "of all clusters": [0, 7, 8, 19, 20, 49],
+    "without a cluster": [0, 7, 8, 8, 3, 19],
+    "frequent": [0, 1],
+    "none": [],
+}
+
+
+@pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("max_logits", [1 << 24, 0])
+def test_an_adaptive_softmax_is_the_librarys_in_value_and_gradient(targets, max_logits, monkeypatch):
+    monkeypatch.setattr("sparsegate.models.cross_entropy.MAX_LOGITS", max_logits)
+    softmax, target_T = an_adaptive_softmax(), torch.tensor(targets, dtype=torch.int64)
+    hidden_TD = torch.randn(len(targets), 16, dtype=torch.float64, requires_grad=True)
+    nll_T = softmax.nll(hidden_TD, target_T)
+    expected_T = -softmax.clusters(hidden_TD, target_T).output
+    assert_close(nll_T, expected_T)
+    of = (hidden_TD, *softmax.parameters())
+    for ours, theirs in zip(gradients(nll_T.sum(), *of), gradients(expected_T.sum(), *of), strict=True):
+        assert_close(ours, theirs)
+    nll_T.sum().backward()
+    assert all(parameter.grad is not None for parameter in softmax.parameters())
+
+
+def test_its_logits_are_log_probabilities_of_all_words():
+    softmax, hidden = an_adaptive_softmax(), torch.randn(2, 3, 16, dtype=torch.float64)
+    logits = softmax(hidden)
+    assert logits.shape == (2, 3, VOCAB)
+    assert_close(logits.exp().sum(dim=-1), torch.ones(2, 3))
+    target = torch.randint(VOCAB, (2, 3))
+    assert_close(-softmax.nll(hidden, target), logits.gather(-1, target[..., None])[..., 0])
+
+
+def test_it_computes_under_autocast_and_from_the_meta_device():
+    softmax = an_adaptive_softmax(torch.float32)
+    hidden_TD, target_T = torch.randn(9, 16, requires_grad=True), torch.randint(VOCAB, (9,))
+    exact_T = softmax.nll(hidden_TD, target_T)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        nll_T = softmax.nll(hidden_TD, target_T)
+    assert nll_T.dtype == torch.float32
+    assert_close(nll_T, exact_T, dtype=torch.bfloat16)
+    described = AdaptiveSoftmax(vocab_size=VOCAB, width=16, cutoffs=CUTOFFS, device="meta")
+    assert described.device.type == "meta"
+    assert [p.shape for p in described.parameters()] == [p.shape for p in softmax.parameters()]
+
+
+def test_its_operations_are_those_of_the_tokens_that_go_through_each_cluster():
+    """Counted word by word, for words as frequent as candidates are."""
+    softmax, expected = an_adaptive_softmax(), 16.0 * (8 + 2)
+    for word in range(VOCAB):
+        if word >= 8:
+            width, num_words = (4, 12) if word < 20 else (1, 30)
+            expected += probability(word) * (16 * width + width * num_words)
+    assert softmax.trained_ops_per_token() == round(expected)
+    assert softmax.ops_per_token() == sum(p.numel() for p in softmax.parameters())
+
+
+@pytest.mark.parametrize(
+    ("cutoffs", "message"),
+    [
+        ((), r"cutoffs \(\) must ascend"),
+        ((0, 20), r"cutoffs \(0, 20\) must ascend, from at least 1 to at most 49, the last word"),
+        ((20, 20), r"cutoffs \(20, 20\) must ascend"),
+        ((20, 50), r"cutoffs \(20, 50\) must ascend"),
+        ((10, 20, 30), r"cutoffs \(10, 20, 30\) leave the last cluster no width"),
+    ],
+)
+def test_cutoffs_that_cannot_be_are_refused(cutoffs, message):
+    with pytest.raises(ValueError, match=message):
+        AdaptiveSoftmax(vocab_size=VOCAB, width=16, cutoffs=cutoffs)

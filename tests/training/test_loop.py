@@ -142,6 +142,17 @@ def test_so_it_does_with_a_sampled_softmax(config: RunConfig, tmp_path: Path):
     assert not torch.equal(everything(full)["model/softmax.bias"], everything(whole)["model/softmax.bias"])
 
 
+def test_so_it_does_with_an_adaptive_softmax(config: RunConfig, tmp_path: Path):
+    config = with_training(replace(config, model=replace(config.model, softmax_cutoffs=(9,))), steps=7)
+    whole = train(config, folder=tmp_path / "whole")
+    train(with_training(config, steps=3), folder=tmp_path / "parts")
+    assert_equal(train(config, folder=tmp_path / "parts", resume=True), whole)
+    assert "model/softmax.clusters.tail.0.1.weight" in everything(whole)
+    with pytest.raises(ValueError, match=r"model\.softmax-cutoffs \(1000000\) must ascend, from at least 1"):
+        train(replace(config, model=replace(config.model, softmax_cutoffs=(10**6,))), folder=tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
 def test_so_it_does_with_the_factored_optimizer(config: RunConfig, tmp_path: Path):
     config = with_training(replace(config, optim=replace(config.optim, experts="factored")), steps=7)
     whole = train(config, folder=tmp_path / "whole")

@@ -13,9 +13,6 @@ from ..data.batches import Batch
 from ..models.language_model import LanguageModel, State
 from ..moe.routing import BalanceSums
 
-# Logits that exist at once: 64 MB in float32, and about three times as much inside a cross entropy.
-_MAX_LOGITS = 1 << 24
-
 
 @dataclass(frozen=True, kw_only=True)
 class Likelihood:
@@ -43,16 +40,13 @@ def likelihoods(model: LanguageModel, batches: Iterable[Batch]) -> Iterator[Like
 # Not around `likelihoods`: the mode of a generator would leak into the code that it yields to.
 @torch.inference_mode()
 def _likelihood(model: LanguageModel, batch: Batch, state: State | None) -> Likelihood:
-    device = model.softmax.weight.device
+    device = model.softmax.device
     num_tokens = batch.num_tokens
     mask_BS = batch.mask_BS.to(device)
     padding = mask_BS if num_tokens < mask_BS.numel() else None
     output = model(batch.input_BS.to(device), state=state, mask_BS=padding)
     hidden_TD, target_T = output.hidden_BSD[mask_BS], batch.target_BS.to(device)[mask_BS]
-    rows = max(1, _MAX_LOGITS // model.softmax.weight.shape[0])
-    nll_T = torch.cat(
-        [model.softmax.nll(h, t) for h, t in zip(hidden_TD.split(rows), target_T.split(rows), strict=True)]
-    )
+    nll_T = model.softmax.nll(hidden_TD, target_T)
     return Likelihood(
         nll_BS=nll_T.new_zeros(mask_BS.shape).masked_scatter(mask_BS, nll_T),
         num_tokens=num_tokens,

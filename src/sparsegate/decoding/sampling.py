@@ -146,7 +146,7 @@ def _row(vocabulary: Vocabulary, number: int, prompt: str, sampling: Sampling) -
 def _read(model: LanguageModel, tokens_BS: Sequence[Sequence[int]], state: State) -> tuple[Tensor, State]:
     """Logits [B, V] after the last of the tokens, and the state to go on from."""
     with evaluation_mode(model):
-        input_BS = torch.tensor(tokens_BS, device=model.softmax.weight.device)
+        input_BS = torch.tensor(tokens_BS, device=model.softmax.device)
         output = model(input_BS, state=state)
         return model.softmax(output.hidden_BSD[:, -1]), output.state
 

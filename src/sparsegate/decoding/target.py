@@ -122,7 +122,7 @@ class Targets:
         """
         require_independence(model)
         source_BS, mask_BS = _padded(sources)
-        vocab_size, device = model.softmax.weight.shape[0], model.softmax.weight.device
+        vocab_size, device = model.softmax.vocab_size, model.softmax.device
         _require_in_vocabulary("tokens", [tokens.begin_id, tokens.end_id, *tokens.never], vocab_size)
         _require_in_vocabulary("sources", source_BS, vocab_size)
         memory, _ = model.encode(source_BS.to(device), mask_BS.to(device))

@@ -110,7 +110,7 @@ def pair_likelihood(
     progress: Callable[[int], None],
 ) -> tuple[TargetLikelihood, dict[str, BalanceSums]]:
     """The likelihood of all references of a pair, and the sums of the gates by layer."""
-    device = model.softmax.weight.device
+    device = model.softmax.device
     nll_nats, sums = 0.0, {}
     batches = EvaluationBatches(pair=pair, vocabulary=dataset.vocabulary, batch_subwords=batch_subwords)
     with evaluation_mode(model):

@@ -8,6 +8,7 @@ from .config import FeedForwardLM, LanguageModelConfig, MixtureLM
 from .language_model import LanguageModel
 from .layers import Dense, Layer, Mixture, Recurrent
 from .mixture import build_mixture
+from .softmax import require_cutoffs
 from .translation.build import build_translation
 from .translation.config import Translation
 from .translation.model import TranslationModel
@@ -48,6 +49,11 @@ def _language_model(
             dtype=dtype,
         )
 
+    if cutoffs := config.softmax_cutoffs:
+        # Not by the configuration itself, whose vocabulary is the dataset's only when training starts.
+        require_cutoffs(
+            cutoffs, vocab_size=config.vocab_size, width=config.width, name="model.softmax-cutoffs"
+        )
     layers: dict[str, Layer]
     match config:
         case MixtureLM():
@@ -64,6 +70,7 @@ def _language_model(
         layers=layers,
         dropout=config.dropout,
         softmax_samples=config.softmax_samples,
+        softmax_cutoffs=cutoffs,
         device=device,
         dtype=dtype,
     )

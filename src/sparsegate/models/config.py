@@ -29,6 +29,13 @@ class Common:
             "vocabularies, frequent words first; the training loss is then no likelihood); 0: all words"
         },
     )
+    softmax_cutoffs: tuple[int, ...] = field(
+        default=(),
+        metadata={
+            "doc": "words at which clusters of rarer ones begin, each at a fourth of the width of the one "
+            "before (adaptive softmax, for large vocabularies, frequent words first); none: a full softmax"
+        },
+    )
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "width", "lstm_units"):
@@ -37,6 +44,11 @@ class Common:
         if self.softmax_samples < 0:
             raise ValueError(
                 f"model.softmax-samples ({self.softmax_samples}) must be at least 1, or 0 for all words"
+            )
+        if self.softmax_cutoffs and self.softmax_samples:
+            raise ValueError(
+                f"model.softmax-samples ({self.softmax_samples}) must be 0 with model.softmax-cutoffs, whose "
+                "loss is over all words"
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout ({self.dropout}) must be at least 0 and below 1")

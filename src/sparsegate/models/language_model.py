@@ -1,6 +1,6 @@
 """The language model: embedding, residual layers, softmax (section 5.1 and appendix C of the paper)."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..moe.routing import Routing
 from .layered import LayeredModel
 from .layers import Layer, LSTMState
-from .softmax import OutputSoftmax
+from .softmax import AdaptiveSoftmax, OutputSoftmax, Softmax
 
 State = dict[str, LSTMState]
 
@@ -34,7 +34,8 @@ class LanguageModel(LayeredModel):
     (appendix C.1). The embedding and the softmax are separate tables.
 
     layers: by name, in order; the names stand in checkpoints and key the states and routings.
-    softmax_samples: words that a step of training tells targets from; 0: all.
+    softmax_samples: words that a step of training tells targets from; 0: all. softmax_cutoffs: of an adaptive
+    softmax, which has no samples; none: a full one.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class LanguageModel(LayeredModel):
         layers: Mapping[str, Layer],
         dropout: float,
         softmax_samples: int = 0,
+        softmax_cutoffs: Sequence[int] = (),
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -53,9 +55,16 @@ class LanguageModel(LayeredModel):
         nn.init.normal_(self.embedding.weight, std=EMBEDDING_STD)
         self.layers = nn.ModuleDict(layers)
         self.dropout = nn.Dropout(dropout)
-        self.softmax = OutputSoftmax(
-            vocab_size=vocab_size, width=width, num_samples=softmax_samples, device=device, dtype=dtype
-        )
+        self.softmax: Softmax
+        if softmax_cutoffs:
+            assert not softmax_samples
+            self.softmax = AdaptiveSoftmax(
+                vocab_size=vocab_size, width=width, cutoffs=softmax_cutoffs, device=device, dtype=dtype
+            )
+        else:
+            self.softmax = OutputSoftmax(
+                vocab_size=vocab_size, width=width, num_samples=softmax_samples, device=device, dtype=dtype
+            )
 
     def forward(
         self,
@@ -93,9 +102,7 @@ class LanguageModel(LayeredModel):
     def use_sparse_gradients(self) -> list[nn.Parameter]:
         """The embedding, and the softmax's weights where a step sees a sample of the words."""
         self.embedding.sparse = True
-        self.softmax.sparse = bool(self.softmax.num_samples)
-        tables = (self.embedding, self.softmax) if self.softmax.sparse else (self.embedding,)
-        return [parameter for table in tables for parameter in table.parameters() if parameter.dim() == 2]
+        return [*self.embedding.parameters(), *self.softmax.use_sparse_gradients()]
 
     def sees_later_tokens(self) -> bool:
         return any(layer.sees_later_tokens for _, layer in self.named_layers())

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from ..moe.kernels.sink import GradientSink
 from ..moe.routing import BalanceSums
 from .layers import Layer
-from .softmax import OutputSoftmax
+from .softmax import Softmax
 
 
 class LayeredModel(nn.Module, ABC):
     """A model of named layers before a softmax. The names key its routings, and the noise of its gates."""
 
-    softmax: OutputSoftmax
+    softmax: Softmax
 
     @abstractmethod
     def named_layers(self) -> Iterable[tuple[str, Layer]]:

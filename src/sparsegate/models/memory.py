@@ -14,7 +14,9 @@ from torch import nn
 
 from .build import build
 from .config import FeedForwardLM, LanguageModelConfig, MixtureLM
+from .cross_entropy import MAX_LOGITS, block_words, is_plain
 from .language_model import LanguageModel
+from .softmax import Softmax
 
 MEMINFO = Path("/proc/meminfo")
 FLOAT32, BFLOAT16, BOOL, STEP = 4, 2, 1, 8
@@ -29,7 +31,7 @@ class Method:
     there, so that those of all experts never exist together. sparse_rows: whether the vocabulary's tables
     have gradients for the rows that a batch used alone. recompute: whether the experts' hidden layers are
     computed again in the backward pass instead of kept. devices: over which the experts are spread; the
-    rest is on each of them, and bytes are of one. evaluated_logits: that exist at once in evaluations.
+    rest is on each of them, and bytes are of one.
     """
 
     tokens: int
@@ -39,7 +41,6 @@ class Method:
     sparse_rows: bool = False
     recompute: bool = False
     devices: int = 1
-    evaluated_logits: int = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +75,16 @@ def training_memory(config: LanguageModelConfig, method: Method) -> Memory:
     num_others = _numel(model.parameters()) - _numel(model.expert_parameters()) - num_tables
     experts = sum(shape.numel() for shape in stacks) * method.expert_bytes
     expert_gradients = _one_of_each(stacks) if method.in_backward else experts
-    tables = _table_gradients(config, method)
+    tables = _table_gradients(config, model.softmax, method)
     other_gradients = num_others * FLOAT32 + tables
-    optimizer = num_others * 2 * FLOAT32 + _table_state(config, method) + _expert_state(stacks, method)
+    optimizer = (
+        num_others * 2 * FLOAT32 + _table_state(config, model.softmax, method) + _expert_state(stacks, method)
+    )
     activations = _activations(config, model, method)
-    softmax = _softmax(config, method.tokens)
+    softmax = _softmax(config, model.softmax, method.tokens)
     weights = experts + (num_tables + num_others) * FLOAT32
     # Expert gradients lie in memory that is kept from step to step; others come after the softmax has gone.
-    evaluation = 2 * min(method.evaluated_logits, method.tokens * config.vocab_size) * FLOAT32
+    evaluation = 2 * min(MAX_LOGITS, method.tokens * config.vocab_size) * FLOAT32
     peak = weights + optimizer + expert_gradients
     peak += max(other_gradients + evaluation, activations + softmax + tables)
     return Memory(
@@ -131,11 +134,15 @@ def _expert_state(stacks: Sequence[torch.Size], method: Method) -> int:
     return sum(shape[0] * ((shape[-2] + shape[-1]) * FLOAT32 + STEP) for shape in stacks)
 
 
-def _table_state(config: LanguageModelConfig, method: Method) -> int:
+def _table_state(config: LanguageModelConfig, softmax: Softmax, method: Method) -> int:
     """Two moments of every number, or with sparse gradients the first one and eight bytes for each row."""
-    whole, by_rows = 2 * config.width * FLOAT32, config.width * FLOAT32 + 8
-    softmax = by_rows if method.sparse_rows and config.softmax_samples else whole
-    return config.vocab_size * ((by_rows if method.sparse_rows else whole) + softmax + 2 * FLOAT32)
+    embedding, rest = config.vocab_size * config.width, _numel(softmax.parameters())
+    if not method.sparse_rows:
+        return (embedding + rest) * 2 * FLOAT32
+    by_rows = embedding * FLOAT32 + config.vocab_size * 8
+    if config.softmax_samples:
+        return 2 * by_rows + config.vocab_size * 2 * FLOAT32
+    return by_rows + rest * 2 * FLOAT32
 
 
 def _one_of_each(stacks: Sequence[torch.Size]) -> int:
@@ -143,14 +150,14 @@ def _one_of_each(stacks: Sequence[torch.Size]) -> int:
     return sum(shape[1:].numel() for shape in stacks) * FLOAT32
 
 
-def _table_gradients(config: LanguageModelConfig, method: Method) -> int:
-    """Of the embedding, [V, D], and of the softmax, [V, D + 1]."""
-    embedding = softmax = config.vocab_size
+def _table_gradients(config: LanguageModelConfig, softmax: Softmax, method: Method) -> int:
+    """Of the embedding, [V, D], and of the softmax."""
+    embedding, rest = config.vocab_size, _numel(softmax.parameters())
     if method.sparse_rows:
         embedding = min(embedding, method.tokens)
         if config.softmax_samples:
-            softmax = min(softmax, method.tokens + config.softmax_samples)
-    return (embedding * config.width + softmax * (config.width + 1)) * FLOAT32
+            rest = min(config.vocab_size, method.tokens + config.softmax_samples) * (config.width + 1)
+    return (embedding * config.width + rest) * FLOAT32
 
 
 def _activations(config: LanguageModelConfig, model: LanguageModel, method: Method) -> int:
@@ -176,12 +183,21 @@ def _mixture(config: MixtureLM, noise_width: int, method: Method) -> int:
     return config.k * (hidden + 2 * config.width) + 16 * noise_width + config.width
 
 
-def _softmax(config: LanguageModelConfig, tokens: int) -> int:
-    """Log-probabilities, their gradient and that of the logits; and the candidates' rows."""
-    if not config.softmax_samples:
-        return 3 * tokens * config.vocab_size * FLOAT32
-    rows = 2 * (tokens + config.softmax_samples) * config.width
-    return (4 * tokens * config.softmax_samples + rows) * FLOAT32
+def _softmax(config: LanguageModelConfig, softmax: Softmax, tokens: int) -> int:
+    """Log-probabilities, and the most of their gradient and that of the logits; and the candidates' rows."""
+    if config.softmax_samples:
+        rows = 2 * (tokens + config.softmax_samples) * config.width
+        return (4 * tokens * config.softmax_samples + rows) * FLOAT32
+    kept, most = 0, 0
+    for part in softmax.parts():
+        num_tokens = round(part.share * tokens)
+        if is_plain(num_tokens, part.num_words):
+            kept += num_tokens * part.num_words
+            most = max(most, 2 * num_tokens * part.num_words)
+        else:
+            words = block_words(num_tokens)
+            most = max(most, num_tokens * words + (2 * num_tokens + words) * part.width)
+    return (kept + most) * FLOAT32
 
 
 def _numel(parameters: Iterable[nn.Parameter]) -> int:

@@ -1,13 +1,69 @@
 """The output layer: from the last hidden layer to a distribution over the vocabulary."""
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .cross_entropy import linear_cross_entropy
 
-class OutputSoftmax(nn.Module):
+# Of the width, from an adaptive softmax's cluster to the next; 4 is the paper's that it is from, and torch's.
+_DIVISOR = 4
+
+
+class Part(NamedTuple):
+    """A cross entropy of a step of training: of which share of the tokens, over how many words, how wide."""
+
+    share: float
+    num_words: int
+    width: int
+
+
+class Softmax(nn.Module, ABC):
+    """What models ask of an output layer; its words are numbers below `vocab_size`."""
+
+    vocab_size: int
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the weights are."""
+
+    @abstractmethod
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of hidden [..., width]; log-probabilities are some."""
+
+    @abstractmethod
+    def nll(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """Negative log-likelihood in nats, float32 at least, of the shape of `target`.
+
+        hidden: [..., width]. target: int64 [...]. Of many tokens and words the logits are never there at
+        once. What training mode computes may be something else that is cheaper, and no likelihood.
+        """
+
+    @abstractmethod
+    def use_sparse_gradients(self) -> list[nn.Parameter]:
+        """Leave sparse gradients to tables of which a step touches few rows, from now on; return these."""
+
+    @abstractmethod
+    def ops_per_token(self) -> int:
+        """Multiply-adds per token over the whole vocabulary; the paper's metric leaves them out."""
+
+    @abstractmethod
+    def parts(self) -> list[Part]:
+        """What a step of training computes, where words are as frequent as `draw_log_uniform` draws them."""
+
+    @abstractmethod
+    def trained_ops_per_token(self) -> int:
+        """Multiply-adds per token of a step of training, forward, for words of that frequency."""
+
+
+class OutputSoftmax(Softmax):
     """Softmax over the whole vocabulary; training may look at a sample of it.
 
     Parameters: weight [V, width], bias [V].
@@ -35,6 +91,7 @@ class OutputSoftmax(nn.Module):
         super().__init__()
         if num_samples < 0:
             raise ValueError(f"num_samples ({num_samples}) must be at least 1, or 0 for all words")
+        self.vocab_size = vocab_size
         self.num_samples = num_samples
         self.sparse = False
         self.weight = nn.Parameter(torch.empty(vocab_size, width, device=device, dtype=dtype))
@@ -45,25 +102,23 @@ class OutputSoftmax(nn.Module):
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
         nn.init.zeros_(self.bias)
 
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
     def forward(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of hidden [..., width]."""
         return F.linear(hidden, self.weight, self.bias)
 
     def nll(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """Negative log-likelihood in nats, float32 at least, of the shape of `target`.
-
-        hidden: [..., width]. target: int64 [...]. In training mode with `num_samples` the sampled loss.
-        """
+        """As of every softmax; in training mode with `num_samples` the sampled loss."""
         hidden_TD, target_T = hidden.reshape(-1, hidden.shape[-1]), target.flatten()
         if self.training and self.num_samples:
             return self.sampled_nll(hidden_TD, target_T, self.draw()).view_as(target)
-        logits_TV = self(hidden_TD)
-        logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
-        return F.cross_entropy(logits_TV, target_T, reduction="none").view_as(target)
+        return linear_cross_entropy(hidden_TD, self.weight, self.bias, target_T).view_as(target)
 
     def draw(self) -> Tensor:
         """Candidates of a step, int64 [num_samples]."""
-        return draw_log_uniform(self.num_samples, len(self.bias), device=self.bias.device)
+        return draw_log_uniform(self.num_samples, self.vocab_size, device=self.device)
 
     def nll_and_uniform(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The exact `nll`, and the mean of -log p over all words: what label smoothing is made of."""
@@ -93,9 +148,114 @@ class OutputSoftmax(nn.Module):
         target_logit_T = target_logit_T.to(dtype) - chance_N[:num_tokens].to(dtype)
         return torch.cat([target_logit_T[:, None], logit_TS], dim=1).logsumexp(dim=1) - target_logit_T
 
+    def use_sparse_gradients(self) -> list[nn.Parameter]:
+        """The weight, where a step sees a sample of the words."""
+        self.sparse = bool(self.num_samples)
+        return [self.weight] if self.sparse else []
+
     def ops_per_token(self) -> int:
-        """Multiply-adds per token over the whole vocabulary; the paper's metric leaves them out."""
         return self.weight.numel()
+
+    def parts(self) -> list[Part]:
+        return [Part(1.0, self.num_samples or self.vocab_size, self.weight.shape[1])]
+
+    def trained_ops_per_token(self) -> int:
+        return sum(part.num_words * part.width for part in self.parts())
+
+
+class AdaptiveSoftmax(Softmax):
+    """Softmax in two steps, for vocabularies that are sorted, frequent words first (Grave et al. 2017).
+
+    The head knows the words below the first cutoff, and one more for each cluster of rarer words between a
+    cutoff and the next; a cluster's own words are told apart in a fourth of the width of the one before. It
+    is a distribution over all words, in training as well, which costs little as most tokens are frequent.
+
+    Parameters, names and initialisation are those of torch's `AdaptiveLogSoftmaxWithLoss`, without biases.
+
+    cutoffs: ascending, from 1 to V - 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        width: int,
+        cutoffs: Sequence[int],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        require_cutoffs(cutoffs, vocab_size=vocab_size, width=width, name="cutoffs")
+        self.vocab_size = vocab_size
+        self.clusters = nn.AdaptiveLogSoftmaxWithLoss(
+            width, vocab_size, list(cutoffs), div_value=_DIVISOR, device=device, dtype=dtype
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.clusters.head.weight.device
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        log_probability_TV = self.clusters.log_prob(hidden.reshape(-1, hidden.shape[-1]))
+        return log_probability_TV.view(*hidden.shape[:-1], self.vocab_size)
+
+    def nll(self, hidden: Tensor, target: Tensor) -> Tensor:
+        # Not the library's: its loss has all logits of a cluster at once, and fails under autocast.
+        hidden_TD, target_T = hidden.reshape(-1, hidden.shape[-1]), target.flatten()
+        head_target_T, of_clusters = target_T, []
+        for number, (words, (project, head)) in enumerate(self._tail()):
+            is_inside_T = (target_T >= words.start) & (target_T < words.stop)
+            head_target_T = head_target_T.masked_fill(is_inside_T, self.clusters.shortlist_size + number)
+            row_N = is_inside_T.nonzero()[:, 0]
+            narrow_ND = project(hidden_TD.index_select(0, row_N))
+            # Also of no token: a cluster's gradient is then zero and not absent.
+            nll_N = linear_cross_entropy(narrow_ND, head.weight, None, target_T[row_N] - words.start)
+            of_clusters.append((row_N, nll_N))
+        nll_T = linear_cross_entropy(hidden_TD, self.clusters.head.weight, None, head_target_T)
+        for row_N, nll_N in of_clusters:
+            nll_T = nll_T.index_add(0, row_N, nll_N)
+        return nll_T.view_as(target)
+
+    def use_sparse_gradients(self) -> list[nn.Parameter]:
+        """None: a step touches all words of the head, and of each cluster that it has a word of."""
+        return []
+
+    def ops_per_token(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def parts(self) -> list[Part]:
+        head = self.clusters.head
+        parts = [Part(1.0, head.out_features, head.in_features)]
+        for words, (_, cluster) in self._tail():
+            share = math.log((words.stop + 1) / (words.start + 1)) / math.log(self.vocab_size + 1)
+            parts.append(Part(share, len(words), cluster.in_features))
+        return parts
+
+    def trained_ops_per_token(self) -> int:
+        head, *clusters = self.parts()
+        width = head.width  # from which each cluster projects
+        ops = sum(part.share * part.width * (part.num_words + width) for part in clusters)
+        return head.num_words * width + round(ops)
+
+    def _tail(self) -> Iterator[tuple[range, tuple[nn.Linear, nn.Linear]]]:
+        """Each cluster's words, and its two layers."""
+        for (first, end), layers in zip(pairwise(self.clusters.cutoffs), self.clusters.tail, strict=True):
+            project, head = cast(nn.Sequential, layers)
+            yield range(first, end), (cast(nn.Linear, project), cast(nn.Linear, head))
+
+
+def require_cutoffs(cutoffs: Sequence[int], *, vocab_size: int, width: int, name: str) -> None:
+    """ValueError, with the name of the option, where an adaptive softmax cannot have these cutoffs."""
+    shown = ", ".join(map(str, cutoffs))
+    if not cutoffs or any(a >= b for a, b in pairwise((0, *cutoffs, vocab_size))):
+        raise ValueError(
+            f"{name} ({shown}) must ascend, from at least 1 to at most {vocab_size - 1}, the last word"
+        )
+    if width < _DIVISOR ** len(cutoffs):
+        raise ValueError(
+            f"{name} ({shown}) leave the last cluster no width: each has a fourth of the one before, and the "
+            f"model's width is {width}; use fewer"
+        )
 
 
 def draw_log_uniform(num_samples: int, vocab_size: int, *, device: torch.device) -> Tensor:

@@ -124,8 +124,7 @@ def lay_out(
 def arithmetic_flops(config: LanguageModelConfig) -> int:
     """Operations that training one token takes, by the paper's metric (under table 7): the softmax counts."""
     model = build(config, device="meta")
-    words = config.softmax_samples or config.vocab_size
-    return _OPERATIONS_PER_MULTIPLY_ADD * (model.ops_per_token() + config.width * words)
+    return _OPERATIONS_PER_MULTIPLY_ADD * (model.ops_per_token() + model.softmax.trained_ops_per_token())
 
 
 def _busiest_flops(config: LanguageModelConfig, devices: int) -> float:

@@ -89,7 +89,7 @@ class TrainState:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Become the state that was saved, bit for bit."""
-        device = self.model.softmax.weight.device
+        device = self.model.softmax.device
         experts = _expert_names(self.model)
         weights = self._own_rows(checkpoint.tensors["model"], experts, of=lambda name: name)
         load_weights(self.model, weights, where="checkpoint")

@@ -165,7 +165,7 @@ def add_sums(parts: list[SumsByLayer]) -> SumsByLayer:
 def _forward(model: LayeredModel, part: Part, config: RunConfig) -> Forward:
     """One pass in training mode; equal whenever it is repeated, dropout and noise included."""
     torch.manual_seed(part.seed)
-    device = model.softmax.weight.device.type
+    device = model.softmax.device.type
     with torch.autocast(device, dtype=torch.bfloat16, enabled=config.training.precision == "bfloat16"):
         return part.forward()
 

@@ -120,6 +120,11 @@ class Translation(Common):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.softmax_cutoffs:
+            raise ValueError(
+                f"model.softmax-cutoffs ({', '.join(map(str, self.softmax_cutoffs))}) must be none with a "
+                "translation model, whose vocabulary of subwords is small"
+            )
         least = 3 if self.bidirectional else 2
         if self.encoder_layers < least:
             raise ValueError(

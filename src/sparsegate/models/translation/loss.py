@@ -51,7 +51,7 @@ def token_losses(
     hidden_TD, label_T = hidden_BSD[mask_BS], label_BS[mask_BS]
     # Drawn here, so that all pieces have the same candidates, when they are computed again as well.
     sample_S = softmax.draw() if softmax.training and softmax.num_samples else None
-    num_logits = len(softmax.bias) if sample_S is None else len(sample_S)
+    num_logits = softmax.vocab_size if sample_S is None else len(sample_S)
     rows = max(1, _MAX_LOGITS // num_logits)
     pieces = list(zip(hidden_TD.split(rows), label_T.split(rows), strict=True))
     losses = [_piece(softmax, *piece, sample_S, label_smoothing, again=len(pieces) > 1) for piece in pieces]

@@ -42,6 +42,8 @@ class TranslationModel(LayeredModel):
     share_embedding: one embedding table for both; else two, as in the paper.
     """
 
+    softmax: OutputSoftmax  # pyrefly: ignore
+
     def __init__(
         self,
         *,

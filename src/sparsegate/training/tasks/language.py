@@ -98,7 +98,7 @@ def language_parts(
     model: LanguageModel, batch: Batch, state: State, config: RunConfig, ranks: Ranks = ALONE
 ) -> Iterator[LanguagePart]:
     """The micro-batches of a rank's rows, which go on from `state` where there is one."""
-    device = model.softmax.weight.device
+    device = model.softmax.device
     widths = model.noise_widths()
     num_rows = batch.input_BS.shape[0]
     before = ranks.rows(num_rows).start

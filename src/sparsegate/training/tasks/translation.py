@@ -109,7 +109,7 @@ def translation_parts(
     model: TranslationModel, batch: TranslationBatch, config: RunConfig, ranks: Ranks = ALONE
 ) -> Iterator[TranslationPart]:
     """The micro-batches of a batch. All are as wide as the batch, so that each token keeps its noise."""
-    device = model.softmax.weight.device
+    device = model.softmax.device
     num_steps = {True: batch.source_BS.shape[1], False: batch.target_BS.shape[1]}
     shapes = {
         name: (num_steps[name.startswith(ENCODER)], width) for name, width in model.noise_widths().items()
