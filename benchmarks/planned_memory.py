@@ -34,6 +34,7 @@ CASES: dict[str, tuple[str, dict[str, object], int]] = {
     "1,024 experts, Adam": ("small-moe-1024-h", {}, 4000),
     "256 experts, flat, 4,096 tokens": ("small-moe-256", {"batches.batch_size": 128}, 4000),
     "60,000 words": ("small-moe-32", {}, 60_000),
+    "60,000 words, adaptive softmax": ("small-moe-32", {"model.softmax_cutoffs": (4000, 20_000)}, 60_000),
     "LSTMs, 60,000 words, sampled softmax": ("small-4xlstm", {"model.softmax_samples": 2048}, 60_000),
     "LSTMs, 60,000 words, sampled softmax, tables by rows": (
         "small-4xlstm",

@@ -92,7 +92,8 @@ class _TargetAndLogsumexp(torch.autograd.Function):
             logits_TB = _logits(narrow_TD, weight_VD, bias_V, slice(first, first + words_at_once))
             is_here_T, index_T1 = _places(target_T, first, logits_TB.shape[1])
             target_logit_T = torch.where(is_here_T, logits_TB.gather(1, index_T1)[:, 0], target_logit_T)
-            greatest_T = logits_TB.amax(dim=1)
+            # Not -inf, of which nothing can be taken away: words may have no share at all.
+            greatest_T = logits_TB.amax(dim=1).clamp_min(torch.finfo(wide).min)
             sum_T = logits_TB.sub_(greatest_T[:, None]).exp_().sum(dim=1)
             logsumexp_T = torch.logaddexp(logsumexp_T, greatest_T + sum_T.log())
         ctx.save_for_backward(hidden_TD, weight_VD, bias_V, target_T, logsumexp_T)
@@ -128,10 +129,13 @@ class _TargetAndLogsumexp(torch.autograd.Function):
 
 def _logits(narrow_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, words: slice) -> Tensor:
     """Of some words, float32 at least, in memory of their own."""
-    dtype = narrow_TD.dtype
-    bias_B = None if bias_V is None else bias_V[words].to(dtype)
-    logits_TB = F.linear(narrow_TD, weight_VD[words].to(dtype), bias_B)
-    return logits_TB.to(torch.promote_types(dtype, torch.float32))
+    dtype, wide = narrow_TD.dtype, torch.promote_types(narrow_TD.dtype, torch.float32)
+    bias_B = None if bias_V is None else bias_V[words].to(wide)
+    weight_BD = weight_VD[words].to(dtype)
+    if dtype == wide:
+        return F.linear(narrow_TD, weight_BD, bias_B)
+    logits_TB = F.linear(narrow_TD, weight_BD).to(wide)
+    return logits_TB if bias_B is None else logits_TB.add_(bias_B)
 
 
 def _places(target_T: Tensor, first: int, num_words: int) -> tuple[Tensor, Tensor]:

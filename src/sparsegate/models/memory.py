@@ -14,9 +14,9 @@ from torch import nn
 
 from .build import build
 from .config import FeedForwardLM, LanguageModelConfig, MixtureLM
-from .cross_entropy import MAX_LOGITS, block_words, is_plain
+from .cross_entropy import block_words, is_plain
 from .language_model import LanguageModel
-from .softmax import Softmax
+from .softmax import Part, Softmax
 
 MEMINFO = Path("/proc/meminfo")
 FLOAT32, BFLOAT16, BOOL, STEP = 4, 2, 1, 8
@@ -31,7 +31,7 @@ class Method:
     there, so that those of all experts never exist together. sparse_rows: whether the vocabulary's tables
     have gradients for the rows that a batch used alone. recompute: whether the experts' hidden layers are
     computed again in the backward pass instead of kept. devices: over which the experts are spread; the
-    rest is on each of them, and bytes are of one.
+    rest is on each of them, and bytes are of one. evaluated_tokens: that evaluation reads at once.
     """
 
     tokens: int
@@ -41,6 +41,7 @@ class Method:
     sparse_rows: bool = False
     recompute: bool = False
     devices: int = 1
+    evaluated_tokens: int = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,7 @@ def training_memory(config: LanguageModelConfig, method: Method) -> Memory:
     softmax = _softmax(config, model.softmax, method.tokens)
     weights = experts + (num_tables + num_others) * FLOAT32
     # Expert gradients lie in memory that is kept from step to step; others come after the softmax has gone.
-    evaluation = 2 * min(MAX_LOGITS, method.tokens * config.vocab_size) * FLOAT32
+    evaluation = _evaluation(config, model.softmax, method.evaluated_tokens)
     peak = weights + optimizer + expert_gradients
     peak += max(other_gradients + evaluation, activations + softmax + tables)
     return Memory(
@@ -185,9 +186,9 @@ def _mixture(config: MixtureLM, noise_width: int, method: Method) -> int:
 
 def _softmax(config: LanguageModelConfig, softmax: Softmax, tokens: int) -> int:
     """Log-probabilities, and the most of their gradient and that of the logits; and the candidates' rows."""
-    if config.softmax_samples:
-        rows = 2 * (tokens + config.softmax_samples) * config.width
-        return (4 * tokens * config.softmax_samples + rows) * FLOAT32
+    if samples := config.softmax_samples:
+        logits = tokens * (4 * samples if is_plain(tokens, samples) else block_words(tokens))
+        return (logits + 2 * (tokens + samples) * config.width) * FLOAT32
     kept, most = 0, 0
     for part in softmax.parts():
         num_tokens = round(part.share * tokens)
@@ -198,6 +199,17 @@ def _softmax(config: LanguageModelConfig, softmax: Softmax, tokens: int) -> int:
             words = block_words(num_tokens)
             most = max(most, num_tokens * words + (2 * num_tokens + words) * part.width)
     return (kept + most) * FLOAT32
+
+
+def _evaluation(config: LanguageModelConfig, softmax: Softmax, tokens: int) -> int:
+    """Logits and log-probabilities, or some of the logits."""
+    whole = [Part(1.0, config.vocab_size, config.width)]
+    most = 0
+    for part in softmax.parts() if config.softmax_cutoffs else whole:
+        num_tokens = round(part.share * tokens)
+        plain = is_plain(num_tokens, part.num_words)
+        most = max(most, num_tokens * (2 * part.num_words if plain else block_words(num_tokens)))
+    return most * FLOAT32
 
 
 def _numel(parameters: Iterable[nn.Parameter]) -> int:
