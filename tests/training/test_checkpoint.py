@@ -53,6 +53,30 @@ def test_what_is_loaded_is_a_copy_of_its_own(tmp_path) -> None:
     assert_is_of(load_checkpoint(path), 1)
 
 
+def test_files_that_are_not_wanted_are_proved_and_not_kept(tmp_path) -> None:
+    path = save(tmp_path, 1)
+    whole = load_checkpoint(path)
+    assert len(whole.tensors) > 1
+    model = load_checkpoint(path, only=["model"])
+    assert model.tensors.keys() == {"model"}
+    assert_same_tensors(model.tensors, {"model": whole.tensors["model"]})
+    other = next(name for name in whole.tensors if name != "model")
+    data = bytearray((path / f"{other}.safetensors").read_bytes())
+    data[-1] ^= 1
+    (path / f"{other}.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match=rf"{other}\.safetensors: damaged"):
+        load_checkpoint(path, only=["model"])
+
+
+def test_what_a_file_is_read_into_is_given_out(tmp_path) -> None:
+    path = save(tmp_path, 1)
+    expected = load_checkpoint(path).tensors["model"]
+    own = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
+    found = load_checkpoint(path, targets={"model": lambda described: own}).tensors["model"]
+    assert_same_tensors({"model": own}, {"model": expected})
+    assert all(found[name] is own[name] for name in own)
+
+
 def test_the_manifest_is_what_its_description_says(tmp_path) -> None:
     path = save(tmp_path, 7)
     assert (path / "MANIFEST.json").read_bytes() == manifest_of(path, step=7)

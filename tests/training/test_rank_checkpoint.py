@@ -34,6 +34,22 @@ def test_it_loads_bit_for_bit_at_any_number_of_ranks(saved):
     assert latest_checkpoint(saved.parent) == saved
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("share", [None, *(Share(rank=rank, num_ranks=3) for rank in range(3))])
+def test_stacked_experts_are_read_into_what_they_are_given(dtype, share, saved_at_4):
+    """Parts of which only some rows are wanted, or of another dtype, are copied."""
+    expected = load_checkpoint(saved_at_4, share=share).tensors["model"]
+    own = {name: torch.zeros_like(tensor).to(dtype) for name, tensor in expected.items()}
+
+    def targets(described):
+        return {name: own[name] for name in described}
+
+    found = load_checkpoint(saved_at_4, share=share, targets={"model": targets}).tensors["model"]
+    for name, tensor in expected.items():
+        assert torch.equal(own[name], tensor.to(dtype))
+        assert found[name].data_ptr() == own[name].data_ptr()
+
+
 def test_every_rank_wrote_its_own_experts(saved_at_4):
     names = sorted(path.name for path in saved_at_4.glob("model_part*"))
     assert names == [f"model_part_{rank}_of_4.safetensors" for rank in range(4)]

@@ -96,6 +96,35 @@ def test_what_the_library_writes_is_read(group) -> None:
         assert same_bits(found[key], group[key])
 
 
+def test_tensors_are_read_into_what_they_are_given_and_copied_only_where_it_lies_otherwise() -> None:
+    group = {"same": torch.randn(3, 4), "wide": torch.randn(5).bfloat16(), "turned": torch.randn(2, 6)}
+    group["own"] = torch.arange(4)
+    given = {"same": torch.zeros(3, 4), "wide": torch.zeros(5), "turned": torch.zeros(6, 2).T}
+    told = {}
+
+    def targets(found):
+        told.update(found)
+        return given
+
+    found, _ = read_tensors(Bytes(encode(group)), targets)
+    assert {name: (t.device.type, t.dtype, t.shape) for name, t in told.items()} == {
+        name: ("meta", t.dtype, t.shape) for name, t in group.items()
+    }
+    for name, tensor in group.items():
+        assert torch.equal(found[name], tensor.to(found[name].dtype))
+        assert name == "own" or found[name] is given[name]
+
+
+def test_a_file_that_does_not_suit_its_reader_is_refused_before_any_of_it_is_read() -> None:
+    def targets(found):
+        raise ValueError("not these")
+
+    reader = Bytes(encode({"w": torch.ones(3)}))
+    with pytest.raises(ValueError, match="^not these$"):
+        read_tensors(reader, targets)
+    assert len(reader._rest) == 12
+
+
 def test_views_parameters_and_tied_tensors_are_written_as_their_values(tmp_path: Path) -> None:
     base = torch.arange(12.0).reshape(3, 4)
     group = {

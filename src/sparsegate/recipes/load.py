@@ -14,7 +14,7 @@ from ..training.checkpoint import checkpoint_name, latest_checkpoint, load_check
 from ..training.config import RunConfig
 from ..training.making import resolve_device
 from ..training.run_folder import VOCABULARY, checkpoints_of, read_best, read_run_config
-from ..training.state import load_weights
+from ..training.state import require_weights
 from .language_run import LanguageRun
 from .translation_run import TranslationRun
 
@@ -45,13 +45,13 @@ def load(
         )
     path = _checkpoint(folder, checkpoint, warn)
     try:
-        loaded = load_checkpoint(path)
+        loaded = load_checkpoint(path, only=["model"])
     except ValueError:
         if path.exists():
             raise
         # A run that goes on has deleted it since, for the sake of another one.
         path = _checkpoint(folder, checkpoint, warn)
-        loaded = load_checkpoint(path)
+        loaded = load_checkpoint(path, only=["model"])
     model = _model(config, loaded.tensors["model"], path).to(resolve_device(device))
     if not isinstance(model, TranslationModel):
         return LanguageRun(folder=folder, config=config, vocabulary=vocabulary, model=model, step=loaded.step)
@@ -96,7 +96,7 @@ def _checkpoint(folder: Path, which: str | int, warn: Callable[[str], None]) -> 
 def _model(
     config: RunConfig, weights: dict[str, torch.Tensor], path: Path
 ) -> LanguageModel | TranslationModel:
-    """The model in evaluation mode. What the configuration says is compared before memory is taken for it."""
+    """The model in evaluation mode, whose weights these become; what the configuration says is compared."""
     model = build(config.model, device="meta")
     described = sum(tensor.numel() for tensor in model.state_dict().values())
     stored = sum(tensor.numel() for tensor in weights.values())
@@ -106,8 +106,10 @@ def _model(
             "restore the config.json that the run was trained with"
         )
     for name, tensor in weights.items():
-        if not torch.isfinite(tensor).all():
+        # Not `isfinite` of each number, which takes memory for all of them.
+        if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
             raise ValueError(f"{path}: {name} is not finite; use an earlier checkpoint")
-    model.to_empty(device="cpu")
-    load_weights(model, weights, where=str(path))
+    require_weights(model, weights, where=str(path))
+    own = model.state_dict()
+    model.load_state_dict({name: weights[name].to(own[name].dtype) for name in own}, assign=True)
     return model.eval()

@@ -49,8 +49,8 @@ def average(run: Path, *, steps: Sequence[int], output: Path) -> None:
     config, vocabulary = read_run_config(run), load_vocabulary(run / VOCABULARY)
     with new_directory(output, key=secrets.token_hex(8)) as folder:
         last, *others = (checkpoints_of(run) / checkpoint_name(step) for step in sorted(steps, reverse=True))
-        newest = load_checkpoint(last)
-        weights = _mean_weights(newest, map(load_checkpoint, others))
+        newest = load_checkpoint(last, only=["model"])
+        weights = _mean_weights(newest, (load_checkpoint(path, only=["model"]) for path in others))
         write_json_atomically(folder / CONFIG, to_json(config))
         save_vocabulary(vocabulary, folder / VOCABULARY)
         write_json_atomically(folder / "average.json", {"run": str(run), "steps": list(steps)})

@@ -24,6 +24,7 @@ from .storage import (
     UNFINISHED,
     CannotSave,
     FileDigest,
+    FileReader,
     directory_atomically,
     make_directory,
     read_file,
@@ -34,7 +35,7 @@ from .storage import (
     write_file,
 )
 from .strict_json import MAX_JSON_BYTES, Json, is_count, parse_json, to_json_bytes
-from .tensor_file import encode_tensors, read_tensors
+from .tensor_file import Targets, encode_tensors, read_tensors
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
@@ -154,15 +155,28 @@ def latest_checkpoint(directory: Path, *, warn: Callable[[str], None] = warnings
     return None
 
 
-def load_checkpoint(path: Path, *, share: Share | None = None) -> Checkpoint:
+def load_checkpoint(
+    path: Path,
+    *,
+    share: Share | None = None,
+    only: Collection[str] | None = None,
+    targets: Mapping[str, Targets] | None = None,
+) -> Checkpoint:
     """Everything in a checkpoint, after each of its digests has been verified.
 
     What ranks wrote in parts is put together as one process has it, with all experts. share: only these of
     the experts, out of a checkpoint that ranks wrote; one of a single process is given out whole.
 
+    only: files whose tensors are wanted; others are proved, and none of them is kept. None: all.
+
+    targets: by file, what its tensors are read into, as `read_tensors` says, without which there would be
+    two of each. Those of stacked experts that ranks wrote are taken part by part.
+
     Raises:
-        ValueError: one line that names the file, what is wrong with it, and the cure.
+        ValueError: one line that names the file, what is wrong with it, and the cure. What was to be read
+            into is not to be used then: it may be half of each.
     """
+    into = targets or {}
     try:
         manifest = _read_manifest(path)
         state = read_json(path / STATE, expected=manifest.files[STATE])
@@ -171,17 +185,27 @@ def load_checkpoint(path: Path, *, share: Share | None = None) -> Checkpoint:
         stems = {
             name.removesuffix(_ENDING): digest for name, digest in manifest.files.items() if name != STATE
         }
-        tensors = {
-            stem: read_file(path / (stem + _ENDING), read_tensors, expected=digest)[0]
-            for stem, digest in stems.items()
-            if not is_part(stem)
-        }
+        wanted = {stem for stem in stems if only is None or stem in only or stem == DIGESTS}
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for stem, digest in stems.items():
+            if is_part(stem):
+                continue
+            read = _reader_into(into.get(stem)) if stem in wanted else _read_nothing
+            found = read_file(path / (stem + _ENDING), read, expected=digest)
+            if stem in wanted:
+                tensors[stem] = found
         # What is used of these files is proved expert by expert, so that the one that is altered has a name.
+        digests = {
+            name: digest
+            for name, digest in tensors.pop(DIGESTS, {}).items()
+            if name.partition("/")[0] in wanted
+        }
         parts = read_parts(
             stems,
-            tensors.pop(DIGESTS, {}),
-            lambda stem: read_file(path / (stem + _ENDING), read_tensors)[0],
+            digests,
+            lambda stem, places: read_file(path / (stem + _ENDING), _reader_into(places)),
             share,
+            into,
         )
         for group, stacked in parts.items():
             tensors[group] = tensors.get(group, {}) | stacked
@@ -190,9 +214,17 @@ def load_checkpoint(path: Path, *, share: Share | None = None) -> Checkpoint:
     return Checkpoint(manifest.step, tensors, state)
 
 
+def _reader_into(targets: Targets | None) -> Callable[[FileReader], dict[str, Tensor]]:
+    return lambda reader: read_tensors(reader, targets)[0]
+
+
+def _read_nothing(reader: FileReader) -> dict[str, Tensor]:
+    return {}
+
+
 def _verify(path: Path) -> None:
     for name, digest in _read_manifest(path).files.items():
-        read_file(path / name, lambda reader: None, expected=digest)
+        read_file(path / name, _read_nothing, expected=digest)
 
 
 def _read_manifest(path: Path) -> _Manifest:

@@ -18,7 +18,7 @@ from .config import RunConfig
 from .noise import Draw, derived_seed
 from .ranks import Ranks
 from .run_folder import VOCABULARY, RunDataset, checkpoints_of, read_best, read_run_config
-from .state import TrainState, load_weights
+from .state import TrainState, into_weights, load_weights
 
 
 def make_state(config: RunConfig) -> TrainState:
@@ -118,4 +118,5 @@ def start_from(model: LayeredModel, run: Path, dataset: RunDataset) -> None:
     path = checkpoints / checkpoint_name(best) if best is not None else latest_checkpoint(checkpoints)
     if path is None:
         raise ValueError(f"training.init-from ({run}): has no checkpoint; train it first")
-    load_weights(model, load_checkpoint(path).tensors["model"], where=str(path))
+    stored = load_checkpoint(path, only=["model"], targets={"model": into_weights(model)})
+    load_weights(model, stored.tensors["model"], where=str(path))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..parallel.placement import experts_of
+from .tensor_file import Targets
 
 DIGESTS = "digests"
 
@@ -57,32 +58,73 @@ def digests_of(tensor: Tensor) -> Tensor:
 
 
 def read_parts(
-    names: Iterable[str], digests: Mapping[str, Tensor], read: Callable[[str], Tensors], share: Share | None
+    names: Iterable[str],
+    digests: Mapping[str, Tensor],
+    read: Callable[[str, Targets], Tensors],
+    share: Share | None,
+    targets: Mapping[str, Targets],
 ) -> dict[str, Tensors]:
     """The wanted rows of all stacked tensors, by group and name; None: all of them.
 
-    names: of the files, without endings. digests: `GROUP/NAME` to [E, 32]. read: reads a file of a name.
+    names: of the files, without endings. digests: `GROUP/NAME` to [E, 32]. read: reads a file of a name into
+    what it is told. targets: by group, what the wanted rows are to be in; in memory of their own where it
+    does not say. One part is beside them, if none of it can be read into its place.
 
     ValueError: names the first expert that is missing or altered.
     """
     found: dict[str, Tensors] = {}
     for group, wanted in _by_group(digests).items():
-        files = _files_of(group, names)
-        pieces: dict[str, list[Tensor]] = {name: [] for name in wanted}
-        for part in files:
+        all_rows = {name: range(len(digest)) for name, digest in wanted.items()}
+        rows = all_rows if share is None else {name: share.of(len(r)) for name, r in all_rows.items()}
+        found[group] = {}
+        for part in _files_of(group, names):
             have = {name: part.of(len(digest)) for name, digest in wanted.items()}
-            want = {
-                n: have[n] if share is None else _overlap(have[n], share.of(len(wanted[n]))) for n in wanted
-            }
+            want = {name: _overlap(have[name], rows[name]) for name in wanted}
             if not any(want.values()):
                 continue
-            tensors = _read_part(part_name(group, part), have, wanted, read)
-            for name, experts in want.items():
-                first = have[name].start
-                rows = tensors[name][experts.start - first : experts.stop - first]
-                pieces[name].append(rows)
-        found[group] = {name: torch.cat(rows) for name, rows in pieces.items()}
+            places: Tensors = {}
+
+            def put(
+                described: Mapping[str, Tensor],
+                group: str = group,
+                have: dict[str, range] = have,
+                want: dict[str, range] = want,
+                rows: dict[str, range] = rows,
+                places: Tensors = places,
+            ) -> Tensors:
+                found[group] = found[group] or _places(described, rows, targets.get(group))
+                for name, place in found[group].items():
+                    first = rows[name].start
+                    places[name] = place[want[name].start - first : want[name].stop - first]
+                # Only what is as the file has it can be proved by its digests.
+                return {
+                    name: place
+                    for name, place in places.items()
+                    if have[name] == want[name]
+                    and place.device.type == "cpu"
+                    and (place.dtype, place.shape) == (described[name].dtype, described[name].shape)
+                }
+
+            tensors = _read_part(part_name(group, part), have, wanted, lambda file: read(file, put))
+            for name, place in places.items():
+                if tensors[name] is not place:
+                    first = have[name].start
+                    place.copy_(tensors[name][want[name].start - first : want[name].stop - first])
     return found
+
+
+def _places(described: Mapping[str, Tensor], rows: Mapping[str, range], targets: Targets | None) -> Tensors:
+    """Where the wanted rows of stacked tensors go; described: any part of these, on the meta device."""
+    whole = {
+        name: described[name].new_empty(len(wanted), *described[name].shape[1:])
+        for name, wanted in rows.items()
+        if name in described and described[name].dim()
+    }
+    given = {} if targets is None else targets(whole)
+    return {
+        name: given[name].detach() if name in given else torch.empty_like(tensor, device="cpu")
+        for name, tensor in whole.items()
+    }
 
 
 def _read_part(

@@ -1,6 +1,6 @@
 """What changes while a run goes on, and its way into a checkpoint and back."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from .overrides import from_json
 from .parts import Share
 from .rank_checkpoint import save_on_ranks
 from .ranks import ALONE, Ranks
+from .tensor_file import Targets
 
 
 @dataclass(kw_only=True)
@@ -59,8 +60,7 @@ class TrainState:
             for name, pair in self.carried.items()
             for part, t in zip("hc", pair, strict=True)
         }
-        names = names_in_one_process(self.model)
-        weights = {names[name]: value for name, value in self.model.state_dict().items()}
+        weights = weights_of(self.model)
         optimizer = _optimizer_tensors(self.model, self.optimizers)
         saved: dict[str, Any] = {"step": self.progress.step, "state": asdict(self.progress), "keep": keep}
         if self.ranks.mesh is None:
@@ -81,11 +81,14 @@ class TrainState:
         )
 
     def load(self, path: Path) -> None:
-        """Become the state of a checkpoint, bit for bit, whatever number of ranks wrote it."""
+        """Become the state of a checkpoint, bit for bit, whatever number of ranks wrote it.
+
+        Weights are read into the model's own memory. ValueError: the state is then not to be used.
+        """
         share = (
             None if self.ranks.mesh is None else Share(rank=self.ranks.rank, num_ranks=self.ranks.num_ranks)
         )
-        self.restore(load_checkpoint(path, share=share))
+        self.restore(load_checkpoint(path, share=share, targets={"model": into_weights(self.model)}))
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Become the state that was saved, bit for bit."""
@@ -120,13 +123,40 @@ class TrainState:
         return {name: cut(name, tensor) for name, tensor in tensors.items()}
 
 
-def load_weights(model: torch.nn.Module, tensors: dict[str, Tensor], *, where: str) -> None:
+def weights_of(model: torch.nn.Module) -> dict[str, Tensor]:
+    """A model's own weights and buffers, by their names in one process."""
+    names = names_in_one_process(model)
+    return {names[name]: value for name, value in model.state_dict().items()}
+
+
+def into_weights(model: torch.nn.Module) -> Targets:
+    """To read weights into a model's own memory, of those that are what it has by name and shape.
+
+    `load_weights` of what was read tells of the others.
+    """
+    own = weights_of(model)
+
+    def targets(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: own[name] for name in found if name in own and own[name].shape == found[name].shape}
+
+    return targets
+
+
+def load_weights(model: torch.nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
     """Copy named tensors into a model: every parameter, of its own shape; ValueError names the first bad one.
 
-    where: what the tensors came from, for the message.
+    What is in the model's own memory already stays there. where: what the tensors came from, for the message.
     """
-    names = names_in_one_process(model)
-    own = {names[name]: value for name, value in model.state_dict().items()}
+    own = weights_of(model)
+    require_weights(model, tensors, where=where)
+    for name, value in own.items():
+        if value.data_ptr() != tensors[name].data_ptr():
+            value.copy_(tensors[name])
+
+
+def require_weights(model: torch.nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
+    """Refuse tensors, of any device, that are not those of a model by name and shape."""
+    own = weights_of(model)
     for name in [*own, *tensors]:
         if name not in tensors or name not in own:
             raise ValueError(
@@ -138,7 +168,6 @@ def load_weights(model: torch.nn.Module, tensors: dict[str, Tensor], *, where: s
                 f"{where}: {name} has shape {list(tensors[name].shape)}, this model's has "
                 f"{list(own[name].shape)}; the vocabulary or the configuration differs"
             )
-    model.load_state_dict({name: tensors[names[name]] for name in names})
 
 
 def _optimizer_tensors(model: LayeredModel, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:

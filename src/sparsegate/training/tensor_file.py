@@ -8,7 +8,7 @@ bytes. Any safetensors reader opens these files; the reader here takes a subset 
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from reprlib import repr as short_repr
 from typing import Protocol, TypeGuard
@@ -42,6 +42,9 @@ DTYPES = {
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _METADATA = "__metadata__"
 _ALIGNMENT = 8
+
+# What a file holds, on the meta device, to what of it is read into tensors that are there.
+Targets = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 assert sys.byteorder == "little", "safetensors is little-endian, and tensors go out as they lie in memory"
 
@@ -105,11 +108,15 @@ def encode_tensors(
     return EncodedTensors(len(text).to_bytes(8, "little") + text, tuple(tensors[key] for key in order))
 
 
-def read_tensors(reader: Reader) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(reader: Reader, targets: Targets | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file, on the CPU, each in memory of its own; and its metadata.
 
+    targets: is told what the file holds before any of it is read, as tensors of the meta device, and answers
+    with tensors to read into instead, by name, of the same shapes and of any device and dtype. One that lies
+    as the file's does takes its bytes directly; another costs a copy, of this tensor alone.
+
     Raises:
-        ValueError: one line, without the file's name, which the caller knows.
+        ValueError: one line, without the file's name, which the caller knows. Targets may have been written.
     """
     length = int.from_bytes(reader.read(8), "little")
     if length > min(MAX_JSON_BYTES, reader.size - 8):
@@ -123,12 +130,19 @@ def read_tensors(reader: Reader) -> tuple[dict[str, Tensor], dict[str, str]]:
     regions = {key: _Region.parse(key, entry) for key, entry in header.items()}
     order = sorted(regions, key=lambda key: (regions[key].begin, regions[key].end))
     _check_tiling([regions[key] for key in order], reader.size - 8 - length)
-    tensors = {key: regions[key].allocate() for key in regions}
+    given = {} if targets is None else targets({key: regions[key].allocate("meta") for key in regions})
+    # Only then, so that one that cannot be made is found before any is written.
+    tensors = {key: given[key] if key in given else regions[key].allocate("cpu") for key in regions}
     for key in order:
-        view = _bytes_of(tensors[key])
+        target, region = tensors[key].detach(), regions[key]
+        lies_so = target.device.type == "cpu" and target.is_contiguous() and target.dtype == region.dtype
+        plain = target if lies_so else region.allocate("cpu")
+        view = _bytes_of(plain)
         reader.read_into(view.numpy().data)
-        if tensors[key].dtype == torch.bool and bool((view > 1).any()):
+        if plain.dtype == torch.bool and bool((view > 1).any()):
             raise ValueError(f"tensor {short_repr(key)} of truth values holds bytes other than 0 and 1")
+        if plain is not target:
+            target.copy_(plain)
     return tensors, metadata
 
 
@@ -158,9 +172,9 @@ class _Region:
             raise ValueError(f"{where} of shape {short_repr(shape)} does not fill bytes {begin} to {end}")
         return cls(name, DTYPES[dtype], shape, begin, end)
 
-    def allocate(self) -> Tensor:
+    def allocate(self, device: str) -> Tensor:
         try:
-            return torch.empty(self.shape, dtype=self.dtype)
+            return torch.empty(self.shape, dtype=self.dtype, device=device)
         except (RuntimeError, TypeError, OverflowError):
             where = f"tensor {short_repr(self.name)}"
             raise ValueError(f"{where} of shape {short_repr(self.shape)} cannot be made") from None
