@@ -198,7 +198,7 @@ def load_checkpoint(
         digests = {
             name: digest
             for name, digest in tensors.pop(DIGESTS, {}).items()
-            if name.partition("/")[0] in wanted
+            if only is None or name.partition("/")[0] in only
         }
         parts = read_parts(
             stems,

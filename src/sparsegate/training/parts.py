@@ -100,7 +100,8 @@ def read_parts(
                 return {
                     name: place
                     for name, place in places.items()
-                    if have[name] == want[name]
+                    if name in described
+                    and have[name] == want[name]
                     and place.device.type == "cpu"
                     and (place.dtype, place.shape) == (described[name].dtype, described[name].shape)
                 }
