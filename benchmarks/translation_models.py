@@ -117,7 +117,7 @@ def measured(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
     speeds = [
         line["train/tokens_per_second"] for line in read_log(folder / "log.jsonl") if line["kind"] == "step"
     ]
-    costs = plan(config.model)
+    costs = plan(run.config.model)
     pairs = {}
     for name, pair in found.pairs.items():
         write_lines(folder / f"{name}.hypotheses.txt", pair.hypotheses)
