@@ -10,6 +10,7 @@ given again; what was measured is kept beside it.
 """
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 
 from benchmarks.equal_computation import shortened
 from sparsegate.benchmarking.measuring import circumstances
+from sparsegate.data.languages import languages_of
 from sparsegate.evaluation.translation import compare, write_lines
 from sparsegate.inspection.balance import balance_metrics
 from sparsegate.models.translation import BlockConfig, NoBlock, Translation
@@ -50,7 +52,8 @@ def main() -> None:
             config = replace(config, seed=seed, optim=replace(config.optim, learning_rate=rate))
             row = measured(shortened(config, args.steps), args)
             rows.append({"name": name, "seed": seed, "learning_rate": rate, **row})
-            rows[-1]["compared"] = against_first(name, seed, args, row["pairs"])
+            first, own = (args.out / each / f"seed-{seed}" for each in (args.models[0], name))
+            rows[-1]["compared"] = {} if own == first else compared(first, own, row["pairs"])
             write_json_atomically(
                 args.out / "results.json", {**circumstances(), "steps": args.steps, "rows": rows}
             )
@@ -110,17 +113,18 @@ def measured(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
     if ended.stopped_by:
         raise SystemExit(f"stopped by {ended.stopped_by}; the same command goes on")
     run = require_translation(load(folder))
-    found = run.evaluate("test", num_translated=args.sentences, resamples=1000)
+    found = run.evaluate("test", pairs=run.pairs, num_translated=args.sentences, resamples=1000)
     speeds = [
         line["train/tokens_per_second"] for line in read_log(folder / "log.jsonl") if line["kind"] == "step"
     ]
-    costs = plan(config.model)
+    costs = plan(run.config.model)
     pairs = {}
     for name, pair in found.pairs.items():
         write_lines(folder / f"{name}.hypotheses.txt", pair.hypotheses)
         write_lines(folder / f"{name}.references.txt", pair.references)
         pairs[name] = {
             **pair.metrics(),
+            "subwords": pair.likelihood.num_subwords,
             "scores": [asdict(score) for score in pair.scores],
             "balance": {layer: balance_metrics(sums) for layer, sums in pair.sums.items()},
         }
@@ -136,27 +140,22 @@ def measured(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
-def against_first(
-    name: str, seed: int, args: argparse.Namespace, pairs: dict[str, Any]
-) -> dict[str, list[dict[str, Any]]]:
-    """Paired bootstrap of the translations with those of the first model and the same seed."""
-    if name == args.models[0]:
-        return {}
-    first, own = (args.out / each / f"seed-{seed}" for each in (args.models[0], name))
+def compared(baseline: Path, system: Path, pairs: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
+    """Paired bootstrap of the translations in two run folders, by pair of languages."""
     found = {}
     for pair in pairs:
-        baseline, hypotheses, references = (
-            path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-            for path in (
-                first / f"{pair}.hypotheses.txt",
-                own / f"{pair}.hypotheses.txt",
-                own / f"{pair}.references.txt",
-            )
+        hypotheses, references = f"{pair}.hypotheses.txt", f"{pair}.references.txt"
+        comparisons = compare(
+            *map(lines_of, (baseline / hypotheses, system / hypotheses, system / references)),
+            target_language=languages_of(pair)[1],
+            resamples=1000,
         )
-        language = pair.partition("-")[2]
-        comparisons = compare(baseline, hypotheses, references, target_language=language, resamples=1000)
         found[pair] = [asdict(each) | {"difference": each.difference} for each in comparisons]
     return found
+
+
+def lines_of(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -187,13 +186,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What all comparisons of translation models may be told."""
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--models", nargs="+", default=MODELS, help="the first one is the baseline")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument(
         "--width", type=int, help="of the models, all sizes in proportion (default: the recipe's)"
@@ -203,6 +199,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--search-steps", type=int, default=300)
     parser.add_argument("--sentences", type=int, help="translate the first ones alone (default: all)")
     parser.add_argument("--threads", type=int, default=2)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser)
+    parser.add_argument("--models", nargs="+", default=MODELS, help="the first one is the baseline")
     return parser.parse_args()
 
 

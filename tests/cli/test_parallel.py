@@ -49,7 +49,10 @@ def test_the_options_reach_the_dataset(capsys: pytest.CaptureFixture[str]):
     assert dataset.manifest.parts["train"]["en-de"].left_out == {"empty": 1, "too_long": 1, "ratio": 0}
     assert list(dataset.part("train")) == ["en-fr", "fr-en", "en-de", "de-en"]
     assert dataset.manifest.filters.max_ratio == 5
-    assert "both directions" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "both directions" in out
+    assert "train, en-de: left out 1 empty, 1 too long\n" in out
+    assert "…" not in out
     taken = "prepare --test-pair fr-en:valid.tsv@2,1 --vocabulary-from d --output e"
     assert main(taken.split()) == 0
     pair = TranslationDataset.open(Path("e")).pair("test", "fr-en")

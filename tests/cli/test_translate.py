@@ -97,6 +97,16 @@ def test_what_stands_before_a_bad_line_is_translated(standard_input: Put, capfd,
     assert err.count("\n") == 1
 
 
+def test_bad_bytes_are_replaced_where_that_is_asked_for(standard_input: Put, said):
+    standard_input(b"The 3 cats\nb\xffd n\0l\nThe end")
+    assert main(["translate", "runs/en-fr", "--greedy", "--replace-bad-bytes", "--json"]) == 0
+    assert [json.loads(line)["source"] for line in said()] == [
+        "The 3 cats",
+        "b\N{REPLACEMENT CHARACTER}d n\N{REPLACEMENT CHARACTER}l",
+        "The end",
+    ]
+
+
 def test_a_line_of_100_000_characters_is_one_line(standard_input: Put, said):
     standard_input(b"The cats sat. " * 7200 + b"\nThe end\n")
     words = ["--greedy", "--max-subwords", "250", "--batch-size", "2000"]

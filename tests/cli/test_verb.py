@@ -24,8 +24,15 @@ class Bed:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Greenhouse:
+    kind: Literal["greenhouse"] = "greenhouse"
+    num_panes: int
+    under_it: Pot | Bed = Pot()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Garden:
-    place: Pot | Bed = field(default=Pot(), metadata={"doc": "where it grows"})
+    place: Pot | Bed | Greenhouse = field(default=Pot(), metadata={"doc": "where it grows"})
     seed: int = 1
 
 
@@ -71,6 +78,14 @@ def test_a_section_changes_its_kind_and_fields_at_once():
     assert grow("balcony --place.rows 4,5 --place.kind bed").config == Garden(place=Bed(rows=(4, 5)))
 
 
+def test_a_section_becomes_one_that_has_no_defaults_and_has_sections_of_its_own():
+    line = "balcony --place.under-it.rows 7,8 --place.under-it.kind bed --place.kind greenhouse"
+    garden = Garden(place=Greenhouse(num_panes=40, under_it=Bed(rows=(7, 8))))
+    assert grow(f"{line} --place.num-panes 40").config == garden
+    with pytest.raises(ValueError, match=r"^place.num_panes: is missing; it has no default$"):
+        grow(line)
+
+
 def test_a_negative_number_is_a_value():
     assert grow("balcony --seed -3 --quick").config.seed == -3
 
@@ -89,7 +104,13 @@ def test_a_negative_number_is_a_value():
         ("balcony --seed --quick", "--seed: needs a value after it"),
         ("balcony --seed x", "seed (x) should be a valid integer"),
         ("balcony --place.num-plants 0", "place.num_plants (0) should be greater than or equal to 1"),
-        ("balcony --place.kind bde", "place.kind ('bde') should be one of pot, bed"),
+        ("balcony --place.kind bde", "place.kind ('bde') should be one of pot, bed, greenhouse"),
+        ("balcony --place.kind", "--place.kind: needs a value after it"),
+        ("balcony --plaec.kind bed", "--plaec.kind: no such option; did you mean --place.kind?"),
+        (
+            "balcony --place.kind bed --place.under-it.kind pot",
+            "--place.under-it.kind: no such option; did you mean --place.kind?",
+        ),
         ("roof --seed 3", "roof: no such garden"),
         ("--seed 3", "the following arguments are required: name; see sparsegate grow --help"),
         ("balcony roof", "unrecognized arguments: roof; see sparsegate grow --help"),
@@ -109,7 +130,7 @@ def help_of(line: str, capsys: pytest.CaptureFixture[str]) -> str:
 def test_help_lists_the_fields_of_what_was_named(capsys: pytest.CaptureFixture[str]):
     text = help_of("balcony --help", capsys)
     assert "example: sparsegate grow balcony --seed 3" in text
-    assert "--place.kind pot|bed where it grows [pot]" in text
+    assert "--place.kind pot|bed|greenhouse where it grows [pot]" in text
     assert "--place.num-plants int plants in it, 100% alive [3]" in text
     assert "--seed int [1]" in text
 

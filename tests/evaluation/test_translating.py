@@ -8,6 +8,7 @@ import torch
 from sparsegate import load
 from sparsegate.data.parallel import TranslationDataset
 from sparsegate.decoding import BeamSearch, TranslationSampling
+from sparsegate.evaluation import translating
 from sparsegate.evaluation.translating import evaluate_pairs
 from sparsegate.evaluation.translation import score
 from sparsegate.recipes.translation_run import TranslationRun
@@ -27,8 +28,13 @@ def run(dataset: TranslationDataset, tmp_path: Path) -> TranslationRun:
     return load(tmp_path / "run")
 
 
-@pytest.mark.parametrize("batch_subwords", [1, 60, 4096])
-def test_the_likelihood_is_that_of_each_pair_by_itself(run, dataset, batch_subwords: int):
+@pytest.mark.parametrize(
+    ("batch_subwords", "max_attention"), [(1, 1 << 24), (60, 1 << 24), (4096, 1 << 24), (60, 200), (60, 1)]
+)
+def test_the_likelihood_is_that_of_each_pair_by_itself(
+    run, dataset, batch_subwords: int, max_attention: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(translating, "_MAX_ATTENTION", max_attention)
     found = evaluate_pairs(
         run.model, dataset, dataset.part("valid"), num_translated=0, batch_subwords=batch_subwords
     )

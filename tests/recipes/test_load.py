@@ -2,6 +2,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from random import Random
 
 import pytest
@@ -15,7 +16,7 @@ from sparsegate.recipes.load import load
 from sparsegate.training.checkpoint import Checkpoint, load_checkpoint
 from sparsegate.training.making import make_state
 from sparsegate.training.overrides import to_json
-from sparsegate.training.run_folder import checkpoints_of, write_best
+from sparsegate.training.run_folder import checkpoints_of, for_dataset, write_best
 from tests.helpers.runs import LINES, make_dataset, make_run
 
 
@@ -62,6 +63,17 @@ def test_a_loaded_run_is_ready_to_use_and_public(run: Path, dataset: Dataset):
     texts = list(loaded.generate(["The", ""], sampling=Sampling(max_tokens=4), batch_size=1))
     assert [text.prompt for text in texts] == ["The", ""]
     assert len(list(loaded.generate(["The"]))) == 1
+
+
+def test_a_vocabulary_of_another_run_is_refused_though_it_is_of_equal_size(run: Path, dataset: Dataset):
+    config = for_dataset(load(run).config, dataset)
+    (run / "config.json").write_text(json.dumps(to_json(config)))
+    assert load(run).vocabulary.fingerprint == dataset.vocabulary.fingerprint
+    other = make_dataset(run.parent / "other", lines=[line.swapcase() for line in LINES])
+    assert other.vocabulary.size == dataset.vocabulary.size
+    save_vocabulary(other.vocabulary, run / "vocabulary.json")
+    with pytest.raises(ValueError, match=r"vocabulary.json: not the vocabulary that the run was trained "):
+        load(run)
 
 
 def test_loading_leaves_the_random_numbers_alone(run: Path):
@@ -207,11 +219,11 @@ def test_a_checkpoint_that_goes_while_it_is_read_is_not_the_best_any_more(
     """The run that is read goes on: it has pointed at another one, and deletes this one."""
     plain = load_checkpoint
 
-    def superseded(path: Path) -> Checkpoint:
+    def superseded(path: Path, **options: Any) -> Checkpoint:
         if path.name == "step-00000010":
             write_best(run, step=20, nll=0.5)
             shutil.rmtree(path)
-        return plain(path)
+        return plain(path, **options)
 
     monkeypatch.setattr("sparsegate.recipes.load.load_checkpoint", superseded)
     assert load(run).step == 20

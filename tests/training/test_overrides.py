@@ -11,9 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsegate.models.gates import HierarchicalGate
+from sparsegate.models.translation import BlockConfig, DenseBlock, MixtureBlock, NoBlock
 from sparsegate.recipes.small import small_4xlstm
+from sparsegate.recipes.small_translation import small_translation_lstm
 from sparsegate.training.config import RunConfig
-from sparsegate.training.overrides import from_json, options, read_config, replace_by_path, to_json
+from sparsegate.training.overrides import (
+    from_json,
+    options,
+    paths_after,
+    read_config,
+    replace_by_path,
+    to_json,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,3 +270,37 @@ def test_sections_within_sections_become_of_another_kind_with_their_fields():
         replace_by_path(run, {"model.gate.num_groups": "4"})
     with pytest.raises(ValueError, match=r"^model.gate.jitter: no such field"):
         replace_by_path(run, {"model.gate.jitter": "0.1"})
+
+
+MIXTURE = MixtureBlock(
+    num_experts=8, k=4, hidden=16, gate=HierarchicalGate(num_groups=4, primary="balanced", most_groups=3)
+)
+BLOCKS: tuple[BlockConfig, ...] = (NoBlock(), DenseBlock(hidden=16), MIXTURE)
+
+
+@pytest.mark.parametrize("before", BLOCKS)
+@pytest.mark.parametrize("after", BLOCKS)
+def test_a_block_of_any_kind_becomes_one_of_any_other(before: BlockConfig, after: BlockConfig):
+    run = small_translation_lstm()
+    run = replace(run, model=replace(run.model, encoder_block=before))
+    with_after = replace(run, model=replace(run.model, encoder_block=after))
+    prefix = "model.encoder_block."
+    # As text, and the innermost first: the order is of no concern.
+    changes = {
+        option.path: str(option.value)
+        for option in reversed(list(options(with_after)))
+        if option.path.startswith(prefix)
+    }
+    assert replace_by_path(run, changes) == with_after
+    assert set(changes) == {path for path in paths_after(run, changes) if path.startswith(prefix)}
+
+
+def test_a_model_of_another_kind_has_the_sections_that_it_needs():
+    model = small_translation_lstm().model
+    all_options = options(small_translation_lstm())
+    changes = {each.path: str(each.value) for each in all_options if each.path.startswith("model.")}
+    changes["batches.kind"] = "parallel"
+    assert replace_by_path(small_4xlstm(), changes).model == model
+    del changes["model.encoder_block.kind"]
+    with pytest.raises(ValueError, match=r"^model.encoder_block: is missing; it has no default$"):
+        replace_by_path(small_4xlstm(), changes)

@@ -1,7 +1,7 @@
 """The options of `sparsegate prepare` for parallel text, and what it does with them."""
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.table import Table
@@ -90,7 +90,10 @@ def run(args: Namespace, *, text: TextOptions, progress: Callable[[int, int], No
         text=text,
         progress=progress,
     )
-    Console().print(_summary(dataset))
+    console = Console()
+    console.print(_summary(dataset))
+    for line in _left_out(dataset):
+        console.print(line, highlight=False)
 
 
 def _summary(dataset: TranslationDataset) -> Table:
@@ -100,13 +103,23 @@ def _summary(dataset: TranslationDataset) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("part")
     table.add_column("pair")
-    headings = ("sentences", "subwords", "subwords", "words", "words", "empty", "too long", "ratio")
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    # Narrow enough for a file and a terminal of 80 columns; what does not fit is broken, not cut.
+    for heading in ("sentences", "subwords", "subwords", "words", "words"):
+        table.add_column(heading, justify="right", overflow="fold")
     for part, bitexts in dataset.manifest.parts.items():
         for pair, bitext in bitexts.items():
             first, second = bitext.first, bitext.second
             counts = (first.sentences, first.tokens, second.tokens, first.words, second.words)
-            reasons = (bitext.left_out.get(reason, 0) for reason in ("empty", "too_long", "ratio"))
-            table.add_row(part, pair, *(f"{count:,}" for count in (*counts, *reasons)))
+            table.add_row(part, pair, *(f"{count:,}" for count in counts))
     return table
+
+
+def _left_out(dataset: TranslationDataset) -> Iterator[str]:
+    """Of which pairs how many sentences were not taken, and why."""
+    for part, bitexts in dataset.manifest.parts.items():
+        for pair, bitext in bitexts.items():
+            reasons = [
+                f"{count:,} {reason.replace('_', ' ')}" for reason, count in bitext.left_out.items() if count
+            ]
+            if reasons:
+                yield f"{part}, {pair}: left out {', '.join(reasons)}"

@@ -64,10 +64,10 @@ def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
-def lines_as_they_come(path: Path | None = None) -> Iterator[list[str]]:
+def lines_as_they_come(path: Path | None = None, *, replace_bad_bytes: bool = False) -> Iterator[list[str]]:
     """The lines of a file, without line ends, in batches of those that can be had without waiting.
 
-    path: None is standard input.
+    path: None is standard input. replace_bad_bytes: U+FFFD stands for what is no UTF-8, and for NUL.
 
     Lines end as in `data.text`. A program that writes a line and waits for the answer gets it.
 
@@ -76,32 +76,32 @@ def lines_as_they_come(path: Path | None = None) -> Iterator[list[str]]:
     """
     if path is not None:
         with path.open("rb") as file:
-            yield from _lines(file.fileno(), str(path))
+            yield from _lines(file.fileno(), str(path), replace_bad_bytes)
     elif sys.stdin is None:
         raise ValueError("standard input: is closed; give text on it")
     else:
-        yield from _lines(sys.stdin.fileno(), "standard input")
+        yield from _lines(sys.stdin.fileno(), "standard input", replace_bad_bytes)
 
 
-def _lines(descriptor: int, name: str) -> Iterator[list[str]]:
+def _lines(descriptor: int, name: str, replace_bad_bytes: bool) -> Iterator[list[str]]:
     number, pending = 1, b""
     while block := os.read(descriptor, _READ_BYTES):
         *complete, pending = (pending + block).split(b"\n")
-        yield from _decoded(complete, name, number)
+        yield from _decoded(complete, name, number, replace_bad_bytes)
         number += len(complete)
         if len(pending) > _MAX_LINE_BYTES:
             raise ValueError(f"{name}, line {number}: longer than {_MAX_LINE_BYTES:,} bytes; break it")
     if pending:
-        yield from _decoded([pending], name, number)
+        yield from _decoded([pending], name, number, replace_bad_bytes)
 
 
-def _decoded(lines: list[bytes], name: str, number: int) -> Iterator[list[str]]:
+def _decoded(lines: list[bytes], name: str, number: int, replace_bad_bytes: bool) -> Iterator[list[str]]:
     """The lines in one batch, which are the first of a line that cannot be decoded and of those after it."""
     decoded: list[str] = []
     problem = None
     for line in lines:
         try:
-            decoded.append(_decode(line, name, number + len(decoded)))
+            decoded.append(_decode(line, name, number + len(decoded), replace_bad_bytes))
         except ValueError as error:
             problem = error
             break
@@ -111,12 +111,14 @@ def _decoded(lines: list[bytes], name: str, number: int) -> Iterator[list[str]]:
         raise problem
 
 
-def _decode(line: bytes, name: str, number: int) -> str:
+def _decode(line: bytes, name: str, number: int, replace_bad_bytes: bool) -> str:
     where = f"{name}, line {number}"
+    if replace_bad_bytes:
+        line = line.replace(b"\0", "\N{REPLACEMENT CHARACTER}".encode())
     if b"\0" in line:
         raise ValueError(f"{where}: a NUL byte; is it a binary file?")
     try:
-        text = line.removesuffix(b"\r").decode()
+        text = line.removesuffix(b"\r").decode(errors="replace" if replace_bad_bytes else "strict")
     except UnicodeDecodeError as error:
         bad = f"byte 0x{line[error.start]:02x} is not UTF-8"
         raise ValueError(f"{where}: {bad}; convert it with iconv") from None

@@ -50,6 +50,9 @@ cut where sentences end if possible."""
     parser.add_argument(
         "--max-subwords", type=int, default=250, metavar="N", help="of a part of a line (default: 250)"
     )
+    parser.add_argument(
+        "--replace-bad-bytes", action="store_true", help="replace what is not UTF-8 instead of ending there"
+    )
     add_decoding(parser)
 
 
@@ -65,7 +68,7 @@ def run(args: Namespace) -> int:
         lines_at_once=args.batch_size,
     )
     number, progress = 0, _Progress()
-    for lines in _windows(args.files, translator.lines_at_once):
+    for lines in _windows(args, translator.lines_at_once):
         found = translator.translate_together(lines, first_number=number)
         for line, translations in zip(lines, found, strict=True):
             _print(args, number, line, translations)
@@ -75,10 +78,10 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def _windows(files: Sequence[Path], size: int) -> Iterator[list[str]]:
+def _windows(args: Namespace, size: int) -> Iterator[list[str]]:
     """The lines, up to `size` at a time of those that can be had without waiting."""
-    for path in files or [None]:
-        for lines in lines_as_they_come(path):
+    for path in args.files or [None]:
+        for lines in lines_as_they_come(path, replace_bad_bytes=args.replace_bad_bytes):
             for start in range(0, len(lines), size):
                 yield lines[start : start + size]
 

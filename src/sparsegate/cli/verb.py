@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..training.overrides import did_you_mean, options, replace_by_path
+from ..training.overrides import did_you_mean, options, paths_after, replace_by_path
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -57,12 +57,10 @@ def parse(verb: Verb, argv: Sequence[str], *, name: str, summary: str) -> Namesp
     if args.config is None:
         _check_known(changes, flags)
         return args
-    # The kind of a section decides which fields it has, so kinds change first.
-    kinds = {flag: changes.pop(flag) for flag in list(changes) if flag.endswith(".kind")}
-    for some in (kinds, changes):
-        fields = {_flag(option.path): option.path for option in options(args.config)}
-        _check_known(some, [*flags, *fields])
-        args.config = replace_by_path(args.config, {fields[flag]: value for flag, value in some.items()})
+    by_path = {flag.removeprefix("--").replace("-", "_"): value for flag, value in changes.items()}
+    given = {path: value for path, value in by_path.items() if value is not None}
+    _check_known(changes, [*flags, *map(_flag, paths_after(args.config, given))])
+    args.config = replace_by_path(args.config, by_path)
     return args
 
 

@@ -151,18 +151,23 @@ class Targets:
             self.attention_RSU = torch.cat([self.attention_RSU, out.attention_BSU], dim=1)
         logits_RV = self.model.softmax(out.hidden_BSD[:, 0])
         logprob_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32)).log_softmax(dim=-1)
-        token_V = torch.arange(logits_RV.shape[1], device=device)
-        is_never_V = torch.isin(token_V, token_V.new_tensor(self.tokens.unwritten))
-        is_last_R1 = torch.from_numpy(is_last_R).to(device)[:, None]
-        is_left_out_RV = is_never_V | (is_last_R1 & (token_V != self.tokens.end_id))
-        return logprob_RV.masked_fill(is_left_out_RV, -torch.inf)
+        # In place: a matrix of rows and vocabulary is the largest there is, and few of its entries change.
+        for token in self.tokens.unwritten:
+            logprob_RV[:, token] = -torch.inf
+        for row in np.flatnonzero(is_last_R).tolist():
+            end = logprob_RV[row, self.tokens.end_id].clone()
+            logprob_RV[row] = -torch.inf
+            logprob_RV[row, self.tokens.end_id] = end
+        return logprob_RV
 
     def select(self, row_R: _Ints, sentence_B: _Ints) -> None:
         """Go on with some rows, in any order and any number of times, and with the sentences they are of."""
+        assert self.state is not None
+        if np.array_equal(row_R, np.arange(len(self.coverage_RU))):
+            return
         rows = torch.from_numpy(row_R).to(self.coverage_RU.device)
         if len(sentence_B) != self.memory.num_sentences:
             self.memory = self.memory.select(torch.from_numpy(sentence_B).to(rows.device))
-        assert self.state is not None
         self.state = self.state.select(rows)
         self.coverage_RU = self.coverage_RU[rows]
         if self.attention_RSU is not None:

@@ -7,7 +7,7 @@ from statistics import fmean
 
 import torch
 
-from ..data.parallel import EvaluationBatches, Pair, TranslationDataset
+from ..data.parallel import EvaluationBatches, Pair, TranslationBatch, TranslationDataset
 from ..decoding import Decoding, LineTranslator, TranslationSampling
 from ..decoding.inference import evaluation_mode
 from ..models.translation import TranslationModel, token_losses
@@ -16,6 +16,8 @@ from .sums import add_exactly
 from .translation import Score, TargetLikelihood, score
 
 _GREEDY = TranslationSampling()
+# Pairs of source and target steps whose attention is computed at once: 64 MB in float32, some times over.
+_MAX_ATTENTION = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,22 +112,13 @@ def pair_likelihood(
     progress: Callable[[int], None],
 ) -> tuple[TargetLikelihood, dict[str, BalanceSums]]:
     """The likelihood of all references of a pair, and the sums of the gates by layer."""
-    device = model.softmax.device
     nll_nats, sums = 0.0, {}
     batches = EvaluationBatches(pair=pair, vocabulary=dataset.vocabulary, batch_subwords=batch_subwords)
     with evaluation_mode(model):
         for batch in batches:
-            with torch.inference_mode():
-                mask_BS = batch.target_mask_BS.to(device)
-                output = model(
-                    source_BS=batch.source_BS.to(device),
-                    source_mask_BS=batch.source_mask_BS.to(device),
-                    target_BS=batch.target_BS.to(device),
-                    target_mask_BS=mask_BS,
-                )
-                losses = token_losses(model.softmax, output.hidden_BSD, batch.label_BS.to(device), mask_BS)
-                nll_nats += float(losses.nll_BS.sum(dtype=torch.float64))
-            sums = add_exactly(sums, {name: routing.sums for name, routing in output.routings.items()})
+            nll_of_batch, sums_of_batch = _read(model, batch)
+            nll_nats += nll_of_batch
+            sums = add_exactly(sums, sums_of_batch)
             progress(batch.num_sentences)
     likelihood = TargetLikelihood(
         nll_nats=nll_nats,
@@ -134,6 +127,31 @@ def pair_likelihood(
         num_sentences=pair.num_examples,
     )
     return likelihood, sums
+
+
+@torch.inference_mode()
+def _read(model: TranslationModel, batch: TranslationBatch) -> tuple[float, dict[str, BalanceSums]]:
+    """Negative log-likelihood of a batch's labels, and its gates' sums.
+
+    The decoder goes some steps at a time: attention of all steps of a very long pair would fit no memory.
+    """
+    device = model.softmax.device
+    source_mask_BS, target_mask_BS = batch.source_mask_BS.to(device), batch.target_mask_BS.to(device)
+    target_BS, label_BS = batch.target_BS.to(device), batch.label_BS.to(device)
+    memory, routings = model.encode(batch.source_BS.to(device), source_mask_BS)
+    sums = {name: routing.sums for name, routing in routings.items()}
+    nll_nats, state = 0.0, None
+    at_once, num_steps = max(1, _MAX_ATTENTION // source_mask_BS.numel()), target_BS.shape[1]
+    for first in range(0, num_steps, at_once):
+        steps = slice(first, first + at_once)
+        mask_BS = target_mask_BS[:, steps]
+        output = model.decode(target_BS[:, steps], memory, state=state, mask_BS=mask_BS)
+        state = output.state
+        losses = token_losses(model.softmax, output.hidden_BSD, label_BS[:, steps], mask_BS)
+        nll_nats += float(losses.nll_BS.sum(dtype=torch.float64))
+        for name, routing in output.routings.items():
+            sums[name] = sums[name] + routing.sums if name in sums else routing.sums
+    return nll_nats, sums
 
 
 def translate_pair(

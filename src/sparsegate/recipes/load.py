@@ -6,14 +6,13 @@ from pathlib import Path
 
 import torch
 
-from ..data import load_vocabulary
 from ..data.joint_subwords import JointSubwords
 from ..models import LanguageModel, build
 from ..models.translation import TranslationModel
 from ..training.checkpoint import checkpoint_name, latest_checkpoint, load_checkpoint
 from ..training.config import RunConfig
 from ..training.making import resolve_device
-from ..training.run_folder import VOCABULARY, checkpoints_of, read_best, read_run_config
+from ..training.run_folder import VOCABULARY, checkpoints_of, read_best, read_run_config, read_vocabulary
 from ..training.state import require_weights
 from .language_run import LanguageRun
 from .translation_run import TranslationRun
@@ -37,7 +36,7 @@ def load(
     """
     folder = Path(folder)
     config = read_run_config(folder)
-    vocabulary = load_vocabulary(folder / VOCABULARY)
+    vocabulary = read_vocabulary(folder, config)
     if vocabulary.size != config.model.vocab_size:
         raise ValueError(
             f"{folder / VOCABULARY}: has {vocabulary.size:,} entries, but model.vocab_size is "

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..data import load_vocabulary, save_vocabulary
+from ..data import save_vocabulary
 from ..data.files import new_directory
 from .checkpoint import Checkpoint, checkpoint_name, load_checkpoint, save_checkpoint
 from .overrides import to_json
-from .run_folder import CONFIG, VOCABULARY, checkpoints_of, read_run_config, saved_steps
+from .run_folder import CONFIG, VOCABULARY, checkpoints_of, read_run_config, read_vocabulary, saved_steps
 from .storage import write_json_atomically
 
 
@@ -46,7 +46,8 @@ def average(run: Path, *, steps: Sequence[int], output: Path) -> None:
     Raises:
         ValueError, OSError: one line: `output` exists, or a checkpoint is damaged.
     """
-    config, vocabulary = read_run_config(run), load_vocabulary(run / VOCABULARY)
+    config = read_run_config(run)
+    vocabulary = read_vocabulary(run, config)
     with new_directory(output, key=secrets.token_hex(8)) as folder:
         last, *others = (checkpoints_of(run) / checkpoint_name(step) for step in sorted(steps, reverse=True))
         newest = load_checkpoint(last, only=["model"])

@@ -208,6 +208,7 @@ class RunConfig:
     name: str = field(metadata={"doc": "of the recipe"})
     data: str = option("folder of the dataset, made by `sparsegate prepare`", "")
     data_fingerprint: str = option("of the dataset; filled in when training starts", "")
+    vocabulary_fingerprint: str = option("of its vocabulary; filled in when training starts", "")
     seed: int = option("of the weights, the batches, the dropout and the gates' noise", 1)
     model: ModelConfig = field(metadata={"doc": "the model"})
     batches: ContinuousConfig | SentencesConfig | ParallelConfig = option("the batches", ContinuousConfig())

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..data import load_vocabulary
 from ..models import LayeredModel, build
 from ..optim.factored import FactoredAdam
 from ..optim.rows import RowAdam
@@ -17,7 +16,7 @@ from .checkpoint import checkpoint_name, latest_checkpoint, load_checkpoint
 from .config import RunConfig
 from .noise import Draw, derived_seed
 from .ranks import Ranks
-from .run_folder import VOCABULARY, RunDataset, checkpoints_of, read_best, read_run_config
+from .run_folder import RunDataset, checkpoints_of, read_best, read_run_config, read_vocabulary
 from .state import TrainState, into_weights, load_weights
 
 
@@ -111,8 +110,7 @@ def start_from(model: LayeredModel, run: Path, dataset: RunDataset) -> None:
 
     ValueError: it is no run, has no checkpoint, another model, or another vocabulary than the dataset.
     """
-    read_run_config(run)
-    dataset.require_vocabulary(load_vocabulary(run / VOCABULARY))
+    dataset.require_vocabulary(read_vocabulary(run, read_run_config(run)))
     checkpoints = checkpoints_of(run)
     best = read_best(run)
     path = checkpoints / checkpoint_name(best) if best is not None else latest_checkpoint(checkpoints)

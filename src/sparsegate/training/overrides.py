@@ -108,15 +108,32 @@ def replace_by_path(config: Config, changes: Mapping[str, object]) -> Config:
         ValueError: as `from_json`.
     """
     cls, data = type(config), to_json(config)
-    # Outer sections become of another kind before inner ones, and all of them before their fields are set.
-    for path in sorted(changes, key=lambda path: (not path.endswith(".kind"), path.count("."))):
+    kinds = _kinds(changes)
+    for path in kinds:
         _check_known(path, cls, data)
-        if path.endswith(".kind"):
-            _change_kind(cls, data, path.removesuffix(".kind"), changes[path])
-        else:
-            owner, section, name = _owner(cls, data, path)
-            section[name] = _json_value(_types(owner)[name], changes[path], path)
+        _change_kind(cls, data, path.removesuffix(".kind"), changes[path])
+    for path in changes:
+        if path in kinds:
+            continue
+        _check_known(path, cls, data)
+        owner, section, name = _owner(cls, data, path)
+        section[name] = _json_value(_types(owner)[name], changes[path], path)
     return from_json(cls, data)
+
+
+def paths_after(config: "DataclassInstance", changes: Mapping[str, object]) -> list[str]:
+    """The paths that `replace_by_path` knows of when it has changed the kinds that are among some changes.
+
+    Kinds of sections that there are not change nothing.
+
+    Raises:
+        ValueError: a section cannot be of the kind that it is to become.
+    """
+    cls, data = type(config), to_json(config)
+    for path in _kinds(changes):
+        if path in _paths(cls, data, ""):
+            _change_kind(cls, data, path.removesuffix(".kind"), changes[path])
+    return list(_paths(cls, data, ""))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -153,6 +170,11 @@ def type_name(annotation: Any) -> str:
     return "none" if annotation is NoneType else annotation.__name__.lower()
 
 
+def _kinds(changes: Iterable[str]) -> list[str]:
+    """The paths of kinds. Those of outer sections come before those of inner ones, which they bring."""
+    return sorted((path for path in changes if path.endswith(".kind")), key=lambda path: path.count("."))
+
+
 def _check_known(path: str, cls: type, data: Mapping[str, Any]) -> None:
     known = list(_paths(cls, data, ""))
     if path not in known:
@@ -166,7 +188,9 @@ def _paths(cls: type, data: Mapping[str, Any], prefix: str) -> Iterator[str]:
         if classes:
             if len(classes) > 1:
                 yield f"{prefix}{name}.kind"
-            yield from _paths(_class_in(classes, data[name]), data[name], f"{prefix}{name}.")
+            # A section that a new kind brought, and that has no default, is there when its own kind is said.
+            if name in data:
+                yield from _paths(_class_in(classes, data[name]), data[name], f"{prefix}{name}.")
         elif name != "kind":
             yield prefix + name
 
@@ -188,8 +212,8 @@ def _change_kind(cls: type, data: dict[str, Any], path: str, kind: object) -> No
     owner, section, name = _owner(cls, data, path)
     classes = _sections(_types(owner)[name])
     cls = _class_of_kind(classes, kind, f"{path}.")
-    new, old = _types(cls), _types(_class_in(classes, section[name]))
-    kept = {key: value for key, value in section[name].items() if new.get(key) == old[key]}
+    new, old = _types(cls), _types(_class_in(classes, section[name])) if name in section else {}
+    kept = {key: value for key, value in section.get(name, {}).items() if new.get(key) == old[key]}
     # Its own sections are there, as they are by default, for paths that lead into them.
     for inner in dataclasses.fields(cls):
         if _sections(new[inner.name]) and inner.default is not dataclasses.MISSING:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from ..data import Vocabulary, save_vocabulary
+from ..data import Vocabulary, load_vocabulary, save_vocabulary
 from .config import RunConfig
 from .lock import LOCK_NAME
 from .overrides import read_config, to_json
@@ -16,8 +16,9 @@ from .strict_json import Json
 CONFIG = "config.json"
 VOCABULARY = "vocabulary.json"
 _STEP = re.compile(r"step-([0-9]{8,})")
-# These may differ when a run goes on: they say how long and how fast, not what is learned from what.
-_MAY_CHANGE = ("data", "optim", "training")
+# These may differ when a run goes on: they say how long and how fast, not what is learned from what. The
+# vocabulary is the dataset's, whose fingerprint stays; configurations of earlier versions do not tell it.
+_MAY_CHANGE = ("data", "vocabulary_fingerprint", "optim", "training")
 # But these say what the optimizers' state is.
 _STAYS = ("optim.experts", "optim.tables")
 
@@ -52,10 +53,11 @@ def read_run_config(folder: Path) -> RunConfig:
 
 
 def for_dataset(config: RunConfig, dataset: RunDataset) -> RunConfig:
-    """The configuration with what the dataset decides filled in: vocabulary size and fingerprint."""
+    """The configuration with what the dataset decides filled in: vocabulary size and fingerprints."""
     return replace(
         config,
         data_fingerprint=dataset.fingerprint,
+        vocabulary_fingerprint=dataset.vocabulary.fingerprint,
         model=replace(config.model, vocab_size=dataset.vocabulary.size),
     )
 
@@ -80,6 +82,17 @@ def write_run_folder(folder: Path, config: RunConfig, dataset: RunDataset) -> No
     """Make the folder a run's, by what the run is made with."""
     write_json_atomically(folder / CONFIG, to_json(config))
     save_vocabulary(dataset.vocabulary, folder / VOCABULARY)
+
+
+def read_vocabulary(folder: Path, config: RunConfig) -> Vocabulary:
+    """The vocabulary of a run. ValueError for another than it was trained with."""
+    vocabulary = load_vocabulary(folder / VOCABULARY)
+    if config.vocabulary_fingerprint not in ("", vocabulary.fingerprint):
+        raise ValueError(
+            f"{folder / VOCABULARY}: not the vocabulary that the run was trained with; restore that of its "
+            "dataset"
+        )
+    return vocabulary
 
 
 def saved_steps(folder: Path) -> list[int]:
