@@ -14,6 +14,7 @@ from .config import RunConfig
 from .lock import run_lock
 from .making import make_state, over_ranks, resolve_device, start_from
 from .memory import require_memory_for
+from .missing import naming_the_missing
 from .ranks import ALONE, Ranks, ranks_of_process
 from .reporter import Reporter, Silence
 from .run_folder import (
@@ -51,11 +52,14 @@ def train(
     then ends bit for bit as if it had never stopped. console: where progress is shown; None: nowhere.
 
     Raises ValueError and OSError for what the user can mend, CannotSave when a checkpoint cannot be written,
-    and NonFinite after `training.max_nonfinite` non-finite batches in a row.
+    NonFinite after `training.max_nonfinite` non-finite batches in a row, and RankMissing where another
+    process was waited for in vain.
     """
     device = resolve_device(config.training.device)
     with ExitStack() as stack:
         ranks = stack.enter_context(ranks_of_process(device, timeout_s=config.training.timeout))
+        run: Run | None = None
+        stack.enter_context(naming_the_missing(ranks.group, lambda: run.state.progress.step if run else 0))
         with ranks.together():
             task = open_task(config)
             config = task.config

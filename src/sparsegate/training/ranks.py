@@ -41,6 +41,10 @@ class Ranks:
         return Ranks(rank=mesh.get_local_rank(), num_ranks=mesh.size(), mesh=mesh)
 
     @property
+    def group(self) -> dist.ProcessGroup | None:
+        return None if self.mesh is None else self.mesh.get_group()
+
+    @property
     def is_first(self) -> bool:
         """Whether this is the one that writes and reports."""
         return self.rank == 0
