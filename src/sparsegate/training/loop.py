@@ -1,6 +1,7 @@
 """The training loop: a run from its configuration to its last checkpoint."""
 
 import math
+import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,8 @@ def train(
             check_run_folder(folder, config, resume=resume)
             require_memory_for(config, ranks)
         ranks.require_same(what_is_learned(config))
+        if config.training.exchange == "by_node":
+            ranks = ranks.over_nodes(os.environ)
         with ranks.together():
             reporter = make_reporter(config, folder, console, ranks)
             run = Run(task, folder, reporter, ranks)
