@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -17,6 +18,7 @@ from sparsegate.moe.layer import MoE
 from sparsegate.moe.losses import importance_loss, load_loss, switch_loss, threshold_loss, z_loss
 from sparsegate.moe.routing import BalanceSums
 from sparsegate.parallel import expert_parallel
+from sparsegate.parallel.distribute import in_nodes
 from sparsegate.parallel.expert_parallel import ExpertParallel
 from sparsegate.parallel.gathered import Gathered
 from sparsegate.parallel.placement import experts_of
@@ -26,7 +28,10 @@ from tests.helpers.moe_cases import EXPERTS, GATES, NUM_EXPERTS, WIDTH
 
 @dataclass(frozen=True)
 class Case:
-    """sizes: number of tokens of each rank. masked: some tokens are padding."""
+    """sizes: number of tokens of each rank. masked: some tokens are padding. per_node: ranks on each node.
+
+    num_pieces: that travel one after the other.
+    """
 
     gate: str
     experts: str
@@ -39,9 +44,11 @@ class Case:
     favour: float = 0.0  # of the first experts, over the last ones
     recompute: str = ""
     dtype: torch.dtype = torch.float64
+    per_node: int | None = None
+    num_pieces: int = 1
 
     def __str__(self) -> str:
-        return f"{self.gate}-{self.experts}-{'+'.join(map(str, self.sizes))}"
+        return f"{self.gate}-{self.num_experts}-{self.experts}-{'+'.join(map(str, self.sizes))}"
 
     @property
     def num_ranks(self) -> int:
@@ -102,10 +109,10 @@ def parts(case: Case, moe: MoE) -> list[Part]:
     return [Part(**{name: split[name][rank] for name in split}) for rank in range(case.num_ranks)]
 
 
-def random_case(seed: int) -> Case:
+def random_case(seed: int, *, fewest_ranks: int = 1) -> Case:
     """Few tokens on few ranks, on many of them none; experts that receive nothing anywhere."""
     draw = random.Random(seed)
-    num_ranks = draw.randint(1, 4)
+    num_ranks = draw.randint(fewest_ranks, 4)
     return Case(
         draw.choice(["noisy_topk", "topk", "sigmoid"]),
         draw.choice(["feed_forward", "modules"]),
@@ -114,6 +121,7 @@ def random_case(seed: int) -> Case:
         seed=seed,
         num_experts=draw.randint(max(2, num_ranks), 11),
         favour=draw.choice([0.0, 3.0, 50.0]),
+        num_pieces=draw.choice([1, 1, 2, 3]),
     )
 
 
@@ -135,13 +143,19 @@ def balance(total: BalanceSums) -> Tensor:
     )
 
 
-def spread(moe: MoE, mesh: DeviceMesh, *, gathered: bool = False) -> MoE:
+by_node = cache(in_nodes)  # the groups are made once
+
+
+def spread(moe: MoE, mesh: DeviceMesh, case: Case) -> MoE:
     """The layer with this rank's experts alone."""
     own = experts_of(mesh.get_local_rank(), num_experts=moe.experts.num_experts, num_ranks=mesh.size())
     return MoE(
-        gate=Gathered(moe.gate, mesh=mesh) if gathered else moe.gate,
+        gate=Gathered(moe.gate, mesh=mesh) if case.gathered else moe.gate,
         experts=ExpertParallel(
-            experts=moe.experts.part(own.start, own.stop), num_experts=moe.experts.num_experts, mesh=mesh
+            experts=moe.experts.part(own.start, own.stop),
+            num_experts=moe.experts.num_experts,
+            mesh=mesh if case.per_node is None else by_node(mesh, ranks_per_node=case.per_node),
+            num_pieces=case.num_pieces,
         ),
     ).train(moe.training)
 
@@ -149,7 +163,7 @@ def spread(moe: MoE, mesh: DeviceMesh, *, gathered: bool = False) -> MoE:
 def step_of_a_rank(mesh: DeviceMesh, case: Case) -> Found:
     """Forward and backward of this rank's tokens; the gate's gradients are those of the rank."""
     rank, whole = mesh.get_local_rank(), build(case)
-    moe = spread(whole, mesh, gathered=case.gathered)
+    moe = spread(whole, mesh, case)
     part = parts(case, whole)[rank]
     x_TD, y_TD, sums = forward(recomputed(moe) if case.recompute == "of the layer" else moe, part, rank)
     total = sum_over_ranks(sums, mesh.get_group())
@@ -183,10 +197,69 @@ def rows_sent_by_a_rank(mesh: DeviceMesh, case: Case) -> list[int]:
     return sent
 
 
+def bytes_between_nodes(mesh: DeviceMesh, case: Case, per_node: int) -> int:
+    """What a rank sends to other nodes, of `per_node` ranks each, in a forward and a backward pass."""
+    total, collective = [], dist.all_to_all_single
+    own = mesh.get_local_rank() // per_node
+
+    def counting(into, tensor, received=None, sent=None, *, group, **options):
+        members = dist.get_process_group_ranks(group)
+        parts = tensor.split(sent) if sent else tensor.chunk(len(members))
+        total.extend(part.nbytes for part, to in zip(parts, members, strict=True) if to // per_node != own)
+        return collective(into, tensor, received, sent, group=group, **options)
+
+    spread(build(case), mesh, case)  # its groups are there before
+    with mock.patch.object(dist, "all_to_all_single", counting):
+        step_of_a_rank(mesh, case)
+    return sum(total)
+
+
+class Watched:
+    """A collective that tells when it is waited for."""
+
+    def __init__(self, work: dist.Work, events: list[str]) -> None:
+        self.work, self.events = work, events
+
+    def wait(self) -> None:
+        self.events.append("wait")
+        self.work.wait()
+
+
+def events_of_a_rank(mesh: DeviceMesh, case: Case) -> tuple[list[str], list[str]]:
+    """In forward and in backward: when rows set out, when they are waited for, when experts compute."""
+    events, collective = [], dist.all_to_all_single
+    rank, whole = mesh.get_local_rank(), build(case)
+    moe, part = spread(whole, mesh, case), parts(case, whole)[rank]
+    experts = moe.experts.experts
+    compute = experts.forward
+
+    def watched(into, tensor, *given, **options):
+        work = collective(into, tensor, *given, **options)
+        if tensor.shape[1:] != (WIDTH,):
+            return work
+        events.append("send")
+        return Watched(work, events)
+
+    def computed(rows_RD, routing):
+        events.append("compute")
+        y_RD = compute(rows_RD, routing)
+        y_RD.register_hook(lambda grad: events.append("compute"))
+        return y_RD
+
+    with (
+        mock.patch.object(dist, "all_to_all_single", watched),
+        mock.patch.object(experts, "forward", computed),
+    ):
+        _, y_TD, _ = forward(moe, part, rank)
+        forth, events = events, []
+        y_TD.sum().backward()
+    return forth, events
+
+
 def host_waits_of_a_rank(mesh: DeviceMesh, case: Case) -> int:
     """How often a forward pass turns tensors into numbers of the host."""
     rank, whole = mesh.get_local_rank(), build(case)
-    moe, part = spread(whole, mesh), parts(case, whole)[rank]
+    moe, part = spread(whole, mesh, case), parts(case, whole)[rank]
     routing, waits = moe.gate(part.x_TD, part.mask_T, part.noise), []
 
     def counted(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -206,23 +279,25 @@ def step_with_wrong_counts(mesh: DeviceMesh, case: Case, who: int, where: str, b
 
     where: "counting", or "on the way" to the others.
     """
-    moved, collective, departure = [], dist.all_to_all_single, expert_parallel._departure
+    moved, collective, departure = [], dist.all_to_all_single, expert_parallel.depart
     is_culprit = mesh.get_local_rank() == who
 
     def count_wrong(*given, **options):
         found = departure(*given, **options)
         if is_culprit and where == "counting":
-            found.rows_W[0] += by
+            found.rows_PW[0, -1] += by
         return found
 
     def send(into, tensor, *rest, **options):
-        if tensor.shape[1:] == (3,) and is_culprit and where == "on the way":
-            tensor = tensor + torch.tensor([by, 0, 0])
-        moved.extend([tensor] if tensor.shape[1:] != (3,) else [])
+        is_of_counts = tensor.dtype == torch.int64
+        if is_of_counts and is_culprit and where == "on the way":
+            tensor = tensor.clone()
+            tensor[:, 0] += by
+        moved.extend([] if is_of_counts else [tensor])
         return collective(into, tensor, *rest, **options)
 
     with (
-        mock.patch.object(expert_parallel, "_departure", count_wrong),
+        mock.patch.object(expert_parallel, "depart", count_wrong),
         mock.patch.object(dist, "all_to_all_single", send),
     ):
         try:
@@ -235,7 +310,7 @@ def step_with_wrong_counts(mesh: DeviceMesh, case: Case, who: int, where: str, b
 def routing_of_a_rank(mesh: DeviceMesh, case: Case) -> tuple[int, int]:
     """Number of used pairs, of the rank's own and by its sums, with draws of the gate's own."""
     rank, whole = mesh.get_local_rank(), build(case)
-    gate = spread(whole, mesh, gathered=case.gathered).gate
+    gate = spread(whole, mesh, case).gate
     torch.manual_seed(100 + rank)
     routing = gate(parts(case, whole)[rank].x_TD)
     num_used = (routing.expert_N < routing.num_experts).sum()

@@ -47,13 +47,19 @@ def exact(config: RunConfig, **training: object) -> RunConfig:
 
 
 def train_on_rank(mesh: DeviceMesh, config: RunConfig, folder: str, resume: bool = False) -> str:
-    """What the loop says on this rank: "" when it ends, or the signal that it left on."""
+    """What the loop says on this rank: "" when it ends, or the signal that it left on.
+
+    Two ranks stand on each machine, for a run that asks.
+    """
 
     @contextmanager
     def these(*given: object, **options: object) -> Iterator[Ranks]:
         yield Ranks.of_mesh(mesh)
 
-    with mock.patch.object(loop, "ranks_of_process", these):
+    with (
+        mock.patch.object(loop, "ranks_of_process", these),
+        mock.patch.dict(os.environ, {"LOCAL_WORLD_SIZE": "2"}),
+    ):
         try:
             return loop.train(config, folder=Path(folder), resume=resume).stopped_by
         except (ValueError, OSError) as error:

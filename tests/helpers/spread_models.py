@@ -22,6 +22,7 @@ from sparsegate.moe.routing import BalanceSums
 from sparsegate.parallel.distribute import (
     add_up_gradients,
     gradient_norm,
+    in_nodes,
     names_in_one_process,
     shard_the_rest,
     spread_experts,
@@ -39,7 +40,10 @@ VOCAB, STEPS, CLIP = 11, 3, 0.5
 
 @dataclass(frozen=True)
 class Case:
-    """rows: sentences of each rank. selection: as in `spread_experts`. fsdp: the rest is sharded by FSDP2."""
+    """rows: sentences of each rank. selection: as in `spread_experts`. fsdp: the rest is sharded by FSDP2.
+
+    copies: of the experts. per_node: ranks on each node.
+    """
 
     gate: str
     rows: tuple[int, ...]
@@ -48,11 +52,11 @@ class Case:
     num_updates: int = 10
     num_experts: int = 6
     copies: int = 1
+    per_node: int | None = None
 
     def __str__(self) -> str:
-        return (
-            f"{self.gate}-{self.selection}-{'fsdp-' * self.fsdp}{self.copies}-{'+'.join(map(str, self.rows))}"
-        )
+        how = "fsdp-" * self.fsdp + "nodes-" * (self.per_node is not None)
+        return f"{self.gate}-{self.selection}-{how}{self.copies}-{'+'.join(map(str, self.rows))}"
 
 
 @dataclass
@@ -108,7 +112,8 @@ def train_on_rank(mesh: DeviceMesh, case: Case) -> Trained:
         shape = (case.copies, mesh.size() // case.copies)
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data", "expert"))
     model, widths = a_model(case), a_model(case)
-    spread_experts(model, mesh, selection=case.selection)
+    nodes = None if case.per_node is None else in_nodes(mesh, ranks_per_node=case.per_node)
+    spread_experts(model, mesh, selection=case.selection, nodes=nodes)
     names = names_in_one_process(model)
     if case.fsdp:
         shard_the_rest(model, mesh)
@@ -172,7 +177,7 @@ def clip(model: torch.nn.Module, norm: float) -> None:
 
 
 def refusals_of_a_rank(mesh: DeviceMesh) -> list[str]:
-    """What is said of a model without mixtures, and of a mesh of another purpose."""
+    """What is said of a model without mixtures, of a mesh of another purpose, and of uneven nodes."""
     other = DeviceMesh.from_group(mesh.get_group(), "cpu", mesh_dim_names=("tensor",))
     said = []
     for model, given in [(torch.nn.Linear(2, 2), mesh), (a_model(Case("noisy_topk", (1,))), other)]:
@@ -180,6 +185,10 @@ def refusals_of_a_rank(mesh: DeviceMesh) -> list[str]:
             spread_experts(model, given)
         except ValueError as error:
             said.append(str(error))
+    try:
+        in_nodes(mesh, ranks_per_node=3)
+    except ValueError as error:
+        said.append(str(error))
     return said
 
 

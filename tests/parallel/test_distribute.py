@@ -22,6 +22,9 @@ CASES = [
     Case("hierarchical", (1, 2, 0, 2), fsdp=True),
     Case("noisy_topk", (1, 2, 0, 2), copies=2),
     Case("noisy_topk", (1, 2, 0, 2), copies=2, fsdp=True),
+    Case("noisy_topk", (1, 2, 0, 2), per_node=2, num_experts=7),
+    Case("balanced", (1, 2, 0, 2), per_node=2, selection="gathered"),
+    Case("noisy_topk", (1, 2, 0, 2), copies=2, per_node=1),
 ]
 
 
@@ -50,6 +53,7 @@ def test_layers_that_share_their_experts_go_on_sharing_them(ranks):
 
 
 def test_what_cannot_be_spread_is_refused(ranks):
-    no_mixture, no_name = ranks.run(refusals_of_a_rank, 1)[0]
+    no_mixture, no_name, uneven = ranks.run(refusals_of_a_rank, 1)[0]
     assert no_mixture == "model (Linear) has no MoE layer whose experts could be spread"
     assert no_name.startswith("mesh (dimensions tensor) must have the dimension 'expert'")
+    assert uneven.startswith("ranks_per_node (3) must divide the number of ranks that share the experts (1)")

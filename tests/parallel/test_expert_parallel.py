@@ -1,5 +1,7 @@
 """Experts spread over ranks are the experts of one process: outputs, losses, every gradient."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,6 +10,8 @@ from tests.helpers.expert_ranks import (
     ALL_GATES,
     Case,
     Found,
+    bytes_between_nodes,
+    events_of_a_rank,
     host_waits_of_a_rank,
     one_process,
     random_case,
@@ -15,6 +19,7 @@ from tests.helpers.expert_ranks import (
     step_of_a_rank,
     step_with_wrong_counts,
 )
+from tests.helpers.moe_cases import WIDTH
 from tests.helpers.tolerances import assert_close
 
 SIZES = [(9,), (5, 4), (0, 6, 3), (4, 0, 2, 7)]
@@ -23,6 +28,10 @@ CASES += [Case("noisy_topk", experts, sizes) for experts in ("feed_forward", "mo
 CASES += [Case("noisy_topk", "swiglu", (5, 4))]
 CASES += [Case("noisy_topk", "feed_forward", sizes, masked=True) for sizes in SIZES]
 CASES += [Case("noisy_topk", "feed_forward", (0, 0, 0, 0)), Case("noisy_topk", "feed_forward", (0, 1, 0))]
+OVER_NODES = [Case(gate, "feed_forward", (4, 0, 2, 7)) for gate in ("noisy_topk", "hierarchical", "balanced")]
+OVER_NODES += [Case("noisy_topk", "modules", sizes) for sizes in ((4, 0, 2, 7), (0, 0, 3, 0), (0, 0, 0, 0))]
+OVER_NODES += [Case("noisy_topk", "feed_forward", (4, 0, 2, 7), num_experts=n) for n in (4, 5, 7, 11)]
+OVER_NODES += [Case("noisy_topk", "feed_forward", (4, 0, 2, 7), masked=True)]
 
 
 def assert_equal_to(expected: Found, found: list[Found]) -> None:
@@ -67,16 +76,67 @@ def test_a_token_goes_once_to_each_rank_that_has_an_expert_of_it(ranks):
         assert rows == 2 * [2 * case.sizes[rank], sum(case.sizes)]
 
 
-def test_one_forward_pass_waits_once_for_the_host(ranks):
+@pytest.mark.parametrize("case", OVER_NODES, ids=str)
+def test_tokens_that_go_by_way_of_nodes_find_the_same(case, ranks):
+    found = ranks.run(step_of_a_rank, 4, replace(case, per_node=2))
+    assert_equal_to(one_process(case, joined=False), found)
+
+
+def test_nodes_of_any_size_are_the_same_to_the_experts(ranks):
+    case = Case("noisy_topk", "feed_forward", (4, 0, 2, 7))
+    for per_node in (1, 4):
+        found = ranks.run(step_of_a_rank, 4, replace(case, per_node=per_node))
+        assert_equal_to(one_process(case, joined=False), found)
+
+
+PIECES = [Case(gate, "feed_forward", (9, 4), num_pieces=2) for gate in ALL_GATES]
+PIECES += [Case("noisy_topk", experts, (4, 0, 7), num_pieces=3) for experts in ("swiglu", "modules")]
+PIECES += [
+    Case("noisy_topk", "feed_forward", sizes, num_pieces=4) for sizes in ((1, 3), (0, 9), (0, 0), (7,))
+]
+PIECES += [Case("noisy_topk", "feed_forward", (4, 0, 2, 7), num_pieces=2, per_node=2, masked=True)]
+
+
+@pytest.mark.parametrize("case", PIECES, ids=str)
+def test_tokens_that_travel_in_pieces_find_the_same(case, ranks):
+    assert_equal_to(one_process(case, joined=False), ranks.run(step_of_a_rank, case.num_ranks, case))
+
+
+def test_a_piece_travels_while_another_is_computed_forward_and_backward(ranks):
+    case = Case("noisy_topk", "feed_forward", (5, 4), num_pieces=2)
+    pipeline = ["send", "send", "wait", "compute", "send", "wait", "compute", "send", "wait", "wait"]
+    assert ranks.run(events_of_a_rank, 2, case) == [(pipeline, pipeline)] * 2
+    at_once = ["send", "wait", "compute", "send", "wait"]
+    assert ranks.run(events_of_a_rank, 2, replace(case, num_pieces=1)) == [(at_once, at_once)] * 2
+
+
+def test_a_token_crosses_once_to_each_node_that_has_an_expert_of_it(ranks):
+    """Of four ranks on two nodes, when every token needs every expert: half the rows between nodes."""
+    case = Case("softmax", "feed_forward", (300, 0, 200, 100))
+    direct, by_node = (
+        sum(ranks.run(bytes_between_nodes, 4, replace(case, per_node=per_node), 2)) for per_node in (None, 2)
+    )
+    rows, pairs = 600 * 4 * WIDTH * 8, 600 * 3 * (2 * 8 + 4)  # there and back, twice; three experts a node
+    assert direct == 2 * rows + pairs + 4 * 2 * 3 * 8
+    assert by_node == rows + pairs + 4 * 7 * 8
+
+
+@pytest.mark.parametrize(("sizes", "per_node"), [((3, 5), None), ((3, 5, 0, 4), 2)], ids=str)
+@pytest.mark.parametrize("num_pieces", [1, 2])
+def test_one_forward_pass_waits_once_for_the_host(sizes, per_node, num_pieces, ranks):
     """Numbers leave the device once: for the counts."""
-    assert ranks.run(host_waits_of_a_rank, 2, Case("noisy_topk", "feed_forward", (3, 5))) == [1, 1]
+    case = Case("noisy_topk", "feed_forward", sizes, per_node=per_node, num_pieces=num_pieces)
+    assert ranks.run(host_waits_of_a_rank, len(sizes), case) == [1] * len(sizes)
 
 
 @pytest.mark.parametrize("by", [1, -1, -1000, 1 << 40])
 @pytest.mark.parametrize("where", ["counting", "on the way"])
-def test_wrong_counts_of_one_rank_are_the_same_error_everywhere_before_a_row_moves(where, by, ranks):
-    case = Case("noisy_topk", "feed_forward", (3, 5, 4))
-    found = ranks.run(step_with_wrong_counts, 3, case, 1, where, by)
+@pytest.mark.parametrize(("sizes", "per_node"), [((3, 5, 4), None), ((3, 5, 4, 0), 2)], ids=str)
+def test_wrong_counts_of_one_rank_are_the_same_error_everywhere_before_a_row_moves(
+    sizes, per_node, where, by, ranks
+):
+    case = Case("noisy_topk", "feed_forward", sizes, per_node=per_node)
+    found = ranks.run(step_with_wrong_counts, len(sizes), case, 1, where, by)
     assert {moved for _, moved in found} == {0}
     assert len({message for message, _ in found}) == 1
     assert "from rank 1 do not fit" in found[0][0]
@@ -94,6 +154,14 @@ def test_any_distribution_of_tokens_over_ranks_and_experts(first, last, ranks):
     for seed in range(first, last):
         case = random_case(seed)
         assert_equal_to(one_process(case, joined=True), ranks.run(step_of_a_rank, case.num_ranks, case))
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 20), pytest.param(20, 200, marks=pytest.mark.nightly)])
+def test_any_distribution_of_tokens_over_nodes(first, last, ranks):
+    for seed in range(first, last):
+        case = random_case(seed, fewest_ranks=4)
+        found = ranks.run(step_of_a_rank, 4, replace(case, per_node=2))
+        assert_equal_to(one_process(case, joined=True), found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsegate.parallel.placement import experts_of, first_experts, split
+from sparsegate.parallel.placement import experts_of, firsts, split
 
 
 @given(st.integers(0, 200), st.integers(1, 20))
@@ -18,12 +18,10 @@ def test_parts_are_consecutive_and_as_even_as_they_can_be(number, num_parts):
     assert max(sizes) - min(sizes) <= 1
 
 
-@given(st.integers(1, 20), st.integers(0, 50))
-def test_the_device_knows_the_same_firsts_as_the_host(num_ranks, more):
-    num_experts = num_ranks + more
-    firsts = first_experts(num_experts=num_experts, num_ranks=num_ranks, device=torch.device("cpu"))
-    places = [experts_of(rank, num_experts=num_experts, num_ranks=num_ranks) for rank in range(num_ranks)]
-    assert firsts.tolist() == [place.start for place in places] + [num_experts]
+@given(st.integers(0, 200), st.integers(1, 20))
+def test_the_device_knows_the_same_firsts_as_the_host(number, num_parts):
+    found = firsts(number, num_parts, device=torch.device("cpu")).tolist()
+    assert found == [part.start for part in split(number, num_parts)] + [number]
 
 
 def test_groups_stay_together_where_ranks_divide_them():

@@ -1,6 +1,7 @@
 """Runs under torchrun: killed ranks, signals, silence."""
 
 import random
+import re
 import signal
 import time
 from dataclasses import replace
@@ -67,7 +68,8 @@ def test_ranks_killed_twenty_times_at_random_change_nothing(config, tmp_path):
 
 
 @pytest.mark.nightly
-def test_a_silent_rank_ends_the_run(config, tmp_path):
+@pytest.mark.parametrize("silent", [0, 1])
+def test_a_silent_rank_ends_the_run_and_is_named(silent, config, tmp_path):
     """The others after the timeout, torchrun half a minute later: that is how long it lets a rank leave."""
     run = Launched(
         tmp_path / "run",
@@ -76,6 +78,8 @@ def test_a_silent_rank_ends_the_run(config, tmp_path):
         pause_s=0.05,
     )
     run.wait_for_step(5)
-    run.kill(1, signal.SIGSTOP)
+    run.kill(silent, signal.SIGSTOP)
     assert run.end(within_s=60) != 0
-    assert "Timed out waiting 4000ms" in run.said()
+    assert re.search(
+        rf"the ranks waited in vain for rank {silent}, after step [5-9], in \w+\.\w+ \(", run.said()
+    )

@@ -52,6 +52,20 @@ def test_a_run_on_ranks_is_the_run_of_one_process(task, num_ranks, configs, alon
     assert_alike(ended(tmp_path), alone[task], tolerance=TOLERANCE)
 
 
+def test_how_tokens_travel_changes_nothing(configs, alone, ranks, tmp_path):
+    config = exact(configs["language"], exchange="by_node", exchange_pieces=2)
+    assert ranks.run(train_on_rank, 4, config, str(tmp_path)) == [""] * 4
+    assert_alike(ended(tmp_path), alone["language"], tolerance=TOLERANCE)
+
+
+def test_machines_with_different_numbers_of_ranks_are_refused_once(configs, ranks, tmp_path):
+    config = exact(configs["language"], exchange="by_node")
+    first, *others = ranks.run(train_on_rank, 3, config, str(tmp_path / "run"))
+    assert first.startswith("LOCAL_WORLD_SIZE (2) must divide the number of processes (3)")
+    assert others == ["told elsewhere"] * 2
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(("task", "num_ranks", "micro_batches"), [("language", 2, 2), ("translation", 3, 3)])
 def test_micro_batches_on_ranks_change_nothing(
     task, num_ranks, micro_batches, configs, alone, ranks, tmp_path

@@ -31,12 +31,13 @@ VERBS = {
     "quickstart": "Train a small mixture and the dense model of equal cost, and compare them.",
 }
 
-INPUT, CANNOT_SAVE, NON_FINITE, INTERRUPTED, BROKEN_PIPE = 2, 3, 4, 130, 141
+INPUT, CANNOT_SAVE, NON_FINITE, RANK_MISSING, INTERRUPTED, BROKEN_PIPE = 2, 3, 4, 5, 130, 141
 
 # By name, so that telling one error from another does not import torch.
 _CODES = {
     "sparsegate.training.storage.CannotSave": CANNOT_SAVE,
     "sparsegate.training.step.NonFinite": NON_FINITE,
+    "sparsegate.training.missing.RankMissing": RANK_MISSING,
 }
 _TOLD_ELSEWHERE = "sparsegate.training.ranks.ToldElsewhere"
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
@@ -47,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 done, or saved on a signal; 1 done, and a law failed (`conform`); 2 the user's input; 3 cannot save;
-        4 repeated non-finite steps; 130 interrupted; 141 whoever read the output went away.
+        4 repeated non-finite steps; 5 another process of the run is missing; 130 interrupted; 141 whoever
+        read the output went away.
     """
     words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     where = f"sparsegate {words[0]}" if words[0] in VERBS else "sparsegate"

@@ -30,11 +30,16 @@ from .expert_parallel import ExpertParallel
 from .gathered import Gathered
 from .placement import experts_of
 
-EXPERT, DATA = "expert", "data"
+EXPERT, DATA, NODE = "expert", "data", "node"
 
 
 def spread_experts(
-    model: nn.Module, mesh: DeviceMesh, *, selection: Literal["rank", "gathered"] = "rank"
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    selection: Literal["rank", "gathered"] = "rank",
+    nodes: DeviceMesh | None = None,
+    num_pieces: int = 1,
 ) -> None:
     """Leave each rank its share of the experts of every `MoE` in a model, in place.
 
@@ -42,6 +47,8 @@ def spread_experts(
     "expert", and "data" where the experts have several copies. selection: what a gate that selects over the
     batch chooses among in training: the tokens of its rank, or those gathered from all ranks that share the
     experts.
+    nodes: what `in_nodes` makes of the mesh, for tokens to cross once between nodes; None: straight to ranks.
+    num_pieces: that a rank's tokens are cut into, so that one travels while another is computed.
     ValueError: no MoE in the model, fewer experts than ranks, or another mesh.
     """
     _dimensions(mesh)
@@ -57,11 +64,34 @@ def spread_experts(
         )
         if moe.experts not in spread:  # layers may share theirs
             spread[moe.experts] = ExpertParallel(
-                experts=moe.experts.part(own.start, own.stop), num_experts=num_experts, mesh=experts_mesh
+                experts=moe.experts.part(own.start, own.stop),
+                num_experts=num_experts,
+                mesh=experts_mesh if nodes is None else nodes,
+                num_pieces=num_pieces,
             )
         moe.experts = spread[moe.experts]
         if selection == "gathered":
             moe.gate = Gathered(moe.gate, mesh=experts_mesh).train(moe.training)
+
+
+def in_nodes(mesh: DeviceMesh, *, ranks_per_node: int) -> DeviceMesh:
+    """The ranks that share the experts as nodes, and the ranks of each node; called by all ranks together.
+
+    ranks_per_node: consecutive ranks of the dimension "expert", between which traffic is cheap. ValueError:
+    it does not divide the number of these ranks.
+    """
+    names = _dimensions(mesh)
+    place = names.index(EXPERT)
+    if mesh.size(place) % ranks_per_node:
+        raise ValueError(
+            f"ranks_per_node ({ranks_per_node}) must divide the number of ranks that share the experts "
+            f"({mesh.size(place)}): start equally many on each node"
+        )
+    ranks = mesh.mesh.unflatten(place, (-1, ranks_per_node))
+    by_node = DeviceMesh(
+        mesh.device_type, ranks, mesh_dim_names=(*names[:place], NODE, EXPERT, *names[place + 1 :])
+    )
+    return by_node[NODE, EXPERT]
 
 
 def shard_the_rest(model: nn.Module, mesh: DeviceMesh) -> None:

@@ -27,7 +27,7 @@ def experts_of(rank: int, *, num_experts: int, num_ranks: int) -> range:
     return split(num_experts, num_ranks)[rank]
 
 
-def first_experts(*, num_experts: int, num_ranks: int, device: torch.device) -> Tensor:
-    """The first expert of each rank, and then `num_experts`: int64 [W + 1]. No copy from the host."""
-    rank_W1 = torch.arange(num_ranks + 1, device=device)
-    return rank_W1 * (num_experts // num_ranks) + rank_W1.clamp_max(num_experts % num_ranks)
+def firsts(number: int, num_parts: int, *, device: torch.device) -> Tensor:
+    """The first of each part of a `split`, then `number`: int64 [num_parts + 1]. No copy from the host."""
+    part_1 = torch.arange(num_parts + 1, device=device)
+    return part_1 * (number // num_parts) + part_1.clamp_max(number % num_parts)

@@ -163,6 +163,16 @@ class TrainingConfig:
         "process, or of all, as one process would",
         "rank",
     )
+    exchange: Literal["direct", "by_node"] = option(
+        "on several machines, how tokens travel to their experts: to each process straight, or once to each "
+        "machine and on from there, which sends less between machines and more within",
+        "direct",
+    )
+    exchange_pieces: int = option(
+        "pieces that each process's tokens are cut into, so that one travels to its experts while another is "
+        "computed; batches of experts are smaller by as much",
+        1,
+    )
     timeout: float = option(
         "seconds that a process waits for the others, before all end and can be started again", 100.0
     )
@@ -189,7 +199,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         require(self.timeout > 0, "training.timeout", self.timeout, "above 0")
         positive = (
-            "steps micro_batches evaluate_every checkpoint_every keep_checkpoints log_every max_nonfinite"
+            "steps micro_batches exchange_pieces evaluate_every checkpoint_every keep_checkpoints log_every "
+            "max_nonfinite"
         )
         for name in positive.split():
             require(

@@ -1,6 +1,7 @@
 """The training loop: a run from its configuration to its last checkpoint."""
 
 import math
+import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from .config import RunConfig
 from .lock import run_lock
 from .making import make_state, over_ranks, resolve_device, start_from
 from .memory import require_memory_for
+from .missing import naming_the_missing
 from .ranks import ALONE, Ranks, ranks_of_process
 from .reporter import Reporter, Silence
 from .run_folder import (
@@ -51,17 +53,22 @@ def train(
     then ends bit for bit as if it had never stopped. console: where progress is shown; None: nowhere.
 
     Raises ValueError and OSError for what the user can mend, CannotSave when a checkpoint cannot be written,
-    and NonFinite after `training.max_nonfinite` non-finite batches in a row.
+    NonFinite after `training.max_nonfinite` non-finite batches in a row, and RankMissing where another
+    process was waited for in vain.
     """
     device = resolve_device(config.training.device)
     with ExitStack() as stack:
         ranks = stack.enter_context(ranks_of_process(device, timeout_s=config.training.timeout))
+        run: Run | None = None
+        stack.enter_context(naming_the_missing(ranks.group, lambda: run.state.progress.step if run else 0))
         with ranks.together():
             task = open_task(config)
             config = task.config
             check_run_folder(folder, config, resume=resume)
             require_memory_for(config, ranks)
         ranks.require_same(what_is_learned(config))
+        if config.training.exchange == "by_node":
+            ranks = ranks.over_nodes(os.environ)
         with ranks.together():
             reporter = make_reporter(config, folder, console, ranks)
             run = Run(task, folder, reporter, ranks)

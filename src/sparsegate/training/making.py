@@ -42,7 +42,13 @@ def over_ranks(state: TrainState, config: RunConfig, ranks: Ranks) -> TrainState
         if value:
             raise ValueError(f"optim.{name}: is for one process; leave it out, or start without torchrun")
     if state.model.has_mixtures():
-        spread_experts(state.model, ranks.mesh, selection=config.training.selection)
+        spread_experts(
+            state.model,
+            ranks.mesh,
+            selection=config.training.selection,
+            nodes=ranks.nodes,
+            num_pieces=config.training.exchange_pieces,
+        )
     return replace(with_optimizers(state.model, config), ranks=ranks)
 
 

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TypeVar
 
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ..parallel.distribute import add_up_gradients, gradient_norm
+from ..parallel.distribute import add_up_gradients, gradient_norm, in_nodes
 from ..parallel.placement import split
 from ..parallel.sums import sum_over_ranks
 from .gradients import gradients_of
@@ -27,7 +27,10 @@ class ToldElsewhere(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """This process among those of a run. mesh: of one dimension, "expert"; None: it is alone.
+    """This process among those of a run.
+
+    mesh: of one dimension, "expert"; None: it is alone. nodes: the same ranks by node, where tokens are to
+    cross once between these; None: they go straight to ranks.
 
     Every method is called by all ranks together.
     """
@@ -35,10 +38,30 @@ class Ranks:
     rank: int
     num_ranks: int
     mesh: DeviceMesh | None
+    nodes: DeviceMesh | None = None
 
     @staticmethod
     def of_mesh(mesh: DeviceMesh) -> "Ranks":
         return Ranks(rank=mesh.get_local_rank(), num_ranks=mesh.size(), mesh=mesh)
+
+    def over_nodes(self, environment: Mapping[str, str]) -> "Ranks":
+        """The same ranks, with the nodes that the launcher tells of. ValueError: these differ in size."""
+        name = "LOCAL_WORLD_SIZE"
+        per_node = int(environment.get(name, self.num_ranks))
+        self.require_same({name: per_node})
+        with self.together():
+            if self.num_ranks % per_node:
+                raise ValueError(
+                    f"{name} ({per_node}) must divide the number of processes ({self.num_ranks}) with "
+                    "training.exchange by_node; start equally many on each machine, or leave it direct"
+                )
+        if self.mesh is None or per_node in (1, self.num_ranks):
+            return self
+        return replace(self, nodes=in_nodes(self.mesh, ranks_per_node=per_node))
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        return None if self.mesh is None else self.mesh.get_group()
 
     @property
     def is_first(self) -> bool:

@@ -1,0 +1,42 @@
+"""Ranks that wait for one that does not come."""
+
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from sparsegate.parallel.exchange import Rows, exchange
+from sparsegate.training.missing import GRACE_S, RankMissing, naming_the_missing
+from sparsegate.training.ranks import Ranks
+
+TIMEOUT_S = 0.5
+LATEST_S = TIMEOUT_S + 2 * GRACE_S
+
+
+def wait_on_rank(mesh: DeviceMesh, late: int, where: str) -> tuple[str, float]:
+    """What a rank says, and after how many seconds, when rank `late` comes LATEST_S after the others.
+
+    mesh: of all ranks. where: "sum" or "backward".
+    """
+    # Its connections break: a group that no other law uses.
+    group = dist.new_group()
+    assert isinstance(group, dist.ProcessGroup)
+    ranks = Ranks.of_mesh(DeviceMesh.from_group(group, "cpu", mesh_dim_names=("expert",)))
+    rows = Rows(sent_W=(1,) * mesh.size(), received_W=(1,) * mesh.size())
+    x_TD = torch.ones(mesh.size(), 2, requires_grad=True)
+    (y_TD,) = exchange([x_TD], [rows], group)
+    dist.barrier(group)
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=TIMEOUT_S), group)  # long enough for no start
+    begin = time.monotonic()
+    time.sleep(LATEST_S if ranks.rank == late else 0)
+    try:
+        with naming_the_missing(group, lambda: 7):
+            if where == "sum":
+                ranks.sum(1.0)
+            else:
+                y_TD.sum().backward()
+    except RankMissing as error:
+        return str(error), time.monotonic() - begin
+    return "nothing", time.monotonic() - begin

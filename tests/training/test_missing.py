@@ -1,0 +1,29 @@
+"""Ranks that wait in vain say for whom, at which step and where, and soon."""
+
+import pytest
+
+from sparsegate.training.missing import naming_the_missing
+from tests.helpers.waiting_ranks import LATEST_S, wait_on_rank
+
+
+@pytest.mark.parametrize(("where", "place"), [("sum", "ranks.sum"), ("backward", "exchange.end")])
+def test_who_does_not_come_is_named_by_all_others(where, place, ranks):
+    (late, _), *others = ranks.run(wait_on_rank, 4, 0, where)
+    for said, seconds in others:
+        assert said.startswith(f"the ranks waited in vain for rank 0, after step 7, in {place} (")
+        assert seconds < LATEST_S
+    assert "for each other, as one came too late, after step 7" in late
+
+
+def test_what_is_no_wait_for_ranks_stays_what_it_is(ranks):
+    with pytest.raises(RuntimeError, match="of another kind"), naming_the_missing(None, lambda: 7):
+        raise RuntimeError("of another kind")
+    assert ranks.run(fail_on_rank, 2) == ["of another kind"] * 2
+
+
+def fail_on_rank(mesh):
+    try:
+        with naming_the_missing(mesh.get_group(), lambda: 7):
+            raise RuntimeError("of another kind")
+    except RuntimeError as error:
+        return str(error)
