@@ -142,8 +142,8 @@ def test_so_it_does_with_a_sampled_softmax(config: RunConfig, tmp_path: Path):
     assert not torch.equal(everything(full)["model/softmax.bias"], everything(whole)["model/softmax.bias"])
 
 
-def test_so_it_does_with_an_adaptive_softmax(config: RunConfig, tmp_path: Path):
-    config = with_training(replace(config, model=replace(config.model, softmax_cutoffs=(9,))), steps=7)
+def test_so_it_does_with_an_adaptive_softmax(language: RunConfig, tmp_path: Path):
+    config = with_training(replace(language, model=replace(language.model, softmax_cutoffs=(9,))), steps=7)
     whole = train(config, folder=tmp_path / "whole")
     train(with_training(config, steps=3), folder=tmp_path / "parts")
     assert_equal(train(config, folder=tmp_path / "parts", resume=True), whole)
