@@ -143,7 +143,7 @@ def _read(
 ) -> tuple[float, dict[str, BalanceSums]]:
     """Negative log-likelihood of a batch's labels, and its gates' sums.
 
-    The decoder goes `at_once` steps at a time: attention of all steps of a very long pair would fit no memory.
+    The decoder goes `at_once` steps at a time: all of a very long pair would fit no memory.
     """
     device = model.softmax.device
     source_mask_BS, target_mask_BS = batch.source_mask_BS.to(device), batch.target_mask_BS.to(device)
