@@ -24,12 +24,15 @@ from sparsegate.training.run_folder import checkpoints_of
 from tests.helpers.tiny_runs import TINY_RUNS
 
 STEPS = 40
+# How a run saves, and what it trains.
+KINDS = {kind: (kind, {}) for kind in TINY_RUNS} | {"background": ("language", {"background_saves": True})}
 
 
 def main() -> None:
     folder, kind, kills, seed = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     torch.set_num_threads(1)
-    config = TINY_RUNS[kind](folder / "dataset", steps=STEPS)
+    task, training = KINDS[kind]
+    config = TINY_RUNS[task](folder / "dataset", steps=STEPS, **training)
     # What is imported when it is first used is imported here, or each child would begin with seconds of it.
     train(replace(config, training=replace(config.training, steps=1)), folder=folder / "first")
     started = time.monotonic()

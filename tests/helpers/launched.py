@@ -47,7 +47,6 @@ class Launched:
         self, folder: Path, config: RunConfig, *, num_ranks: int, restarts: int = 0, pause_s: float = 0.02
     ) -> None:
         self.folder = folder
-        self.killed: list[int] = []
         work = folder.parent / f"{folder.name}-program"
         work.mkdir(exist_ok=True)
         (work / "program.py").write_text(PROGRAM)
@@ -72,13 +71,6 @@ class Launched:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         return [int(child) for child in children]
 
-    def wait_for_new_ranks(self) -> None:
-        """Until there are others than before; an error where the run ends instead."""
-        while not (now := self.ranks()) or now == self.killed:
-            assert self.process.poll() is None, self.said()
-            time.sleep(0.02)
-        self.killed = now
-
     def wait_for_step(self, step: int, *, within_s: float = 60) -> None:
         """Until the log tells of the step."""
         until = time.monotonic() + within_s
@@ -94,6 +86,12 @@ class Launched:
 
     def kill(self, rank: int, number: signal.Signals = signal.SIGKILL) -> None:
         os.kill(self.ranks()[rank], number)
+
+    def lose(self) -> None:
+        """Kill all ranks and torchrun with them, as a machine that fails does."""
+        for process in (*self.ranks(), self.process.pid):
+            os.kill(process, signal.SIGKILL)
+        self.process.wait()
 
     def end(self, *, within_s: float = 120) -> int:
         """Its exit code. A run that does not end is killed, and an error."""

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
@@ -15,12 +15,17 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from sparsegate.evaluation.translating import TranslationEvaluation
+from sparsegate.models import LanguageModel
 from sparsegate.models.softmax import OutputSoftmax
-from sparsegate.training import loop
-from sparsegate.training.checkpoint import load_checkpoint
+from sparsegate.training import loop, rank_checkpoint
+from sparsegate.training.checkpoint import checkpoint_name, load_checkpoint
 from sparsegate.training.config import RunConfig
-from sparsegate.training.ranks import Ranks, ToldElsewhere
+from sparsegate.training.making import make_state, over_ranks
+from sparsegate.training.ranks import ALONE, Ranks, ToldElsewhere
 from sparsegate.training.run_folder import checkpoints_of
+from sparsegate.training.storage import FileDigest
+from sparsegate.training.tasks import open_task
 
 
 @dataclass(frozen=True)
@@ -92,9 +97,71 @@ def spoiled_on_rank(mesh: DeviceMesh, config: RunConfig, folder: str, who: int, 
         return train_on_rank(mesh, config, folder)
 
 
+def failing_train_on_rank(mesh: DeviceMesh, config: RunConfig, folder: str, who: int, step: int) -> str:
+    """The same, when the disk of rank `who` is full at the checkpoint of a step."""
+    real = rank_checkpoint.write_file
+
+    def full(path: Path, chunks: Iterable[bytes | memoryview]) -> FileDigest:
+        if mesh.get_local_rank() == who and path.parent.name.endswith(checkpoint_name(step)):
+            raise OSError(28, "No space left on device")
+        return real(path, chunks)
+
+    with mock.patch.object(rank_checkpoint, "write_file", full):
+        return train_on_rank(mesh, config, folder)
+
+
 def differently_on_rank(mesh: DeviceMesh, configs: list[RunConfig], folder: str) -> str:
     """Each rank with a configuration of its own."""
     return train_on_rank(mesh, configs[mesh.get_local_rank()], folder)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What an evaluation found: figures, balance sums by field, translations."""
+
+    metrics: dict[str, float]
+    sums: dict[str, Tensor]
+    hypotheses: list[str]
+
+
+def evaluated(config: RunConfig, ranks: Ranks = ALONE) -> Measurement:
+    """A fresh model, whose gates prefer something, on the validation split; its experts on ranks."""
+    task = open_task(config)
+    state = make_state(task.config)
+    for name, parameter in state.model.named_parameters():
+        if ".gate." in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    state = over_ranks(state, task.config, ranks)
+    found = task.evaluate(state.model, ranks)
+    parts = list(found.pairs.values()) if isinstance(found, TranslationEvaluation) else [found]
+    return Measurement(
+        metrics=found.metrics(),
+        sums={
+            f"{number} {layer} {name}": value
+            for number, part in enumerate(parts)
+            for layer, sums in part.sums.items()
+            for name, value in vars(sums).items()
+        },
+        hypotheses=[text for part in parts for text in getattr(part, "hypotheses", [])],
+    )
+
+
+def evaluation_of_a_rank(mesh: DeviceMesh, config: RunConfig) -> Measurement:
+    return evaluated(config, Ranks.of_mesh(mesh))
+
+
+def sizes_read_by_a_rank(mesh: DeviceMesh, config: RunConfig) -> int:
+    """How many tokens of the validation split this rank passes through its model."""
+    read, plain = [], LanguageModel.forward
+
+    def counting(model: LanguageModel, input_BS: Tensor, **options: Tensor) -> object:
+        mask_BS = options["mask_BS"]
+        read.append(input_BS.numel() if mask_BS is None else int(mask_BS.sum()))
+        return plain(model, input_BS, **options)
+
+    with mock.patch.object(LanguageModel, "forward", counting):
+        evaluated(config, Ranks.of_mesh(mesh))
+    return sum(read)
 
 
 def ended(folder: Path) -> Ended:

@@ -1,5 +1,7 @@
 """Ranks that save some experts together, and what one process would have saved."""
 
+import time
+from collections.abc import Collection
 from pathlib import Path
 from unittest import mock
 
@@ -7,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from sparsegate.training import rank_checkpoint
+from sparsegate.training import checkpoint, rank_checkpoint
 from sparsegate.training.checkpoint import load_checkpoint
 from sparsegate.training.parts import Share
-from sparsegate.training.rank_checkpoint import save_on_ranks
+from sparsegate.training.rank_checkpoint import latest_on_ranks, save_on_ranks
 from sparsegate.training.ranks import Ranks
+from sparsegate.training.storage import FileDigest
 from tests.helpers.checkpoints import same_bits
 
 NUM_EXPERTS = 9
@@ -59,7 +62,7 @@ def ranks_of(mesh: DeviceMesh) -> Ranks:
     return Ranks.of_mesh(mesh)
 
 
-def save_of_a_rank(mesh: DeviceMesh, folder: str, step: int) -> str:
+def save_of_a_rank(mesh: DeviceMesh, folder: str, step: int, keep: Collection[int] = ()) -> str:
     ranks = ranks_of(mesh)
     share = Share(rank=ranks.rank, num_ranks=ranks.num_ranks)
     path = save_on_ranks(
@@ -68,7 +71,7 @@ def save_of_a_rank(mesh: DeviceMesh, folder: str, step: int) -> str:
         tensors=shared(),
         stacked=share_of(stacked(), share),
         state=STATE,
-        keep=(),
+        keep=keep,
         ranks=ranks,
     )
     return str(path)
@@ -89,6 +92,36 @@ def failing_save_of_a_rank(mesh: DeviceMesh, folder: str, step: int, who: int, w
         except OSError as error:
             return f"{type(error).__name__}: {error}"
     return "saved"
+
+
+def latest_of_a_rank(mesh: DeviceMesh, folder: str) -> tuple[str, list[str], list[str]]:
+    """The newest whole checkpoint as a rank finds it, what it is warned of, and the files that it reads."""
+    warnings, read, real = [], [], checkpoint.read_file
+
+    def reading(path: Path, parse, *, expected: FileDigest | None = None):
+        read.extend([path.name] if expected is not None else [])
+        return real(path, parse, expected=expected)
+
+    with mock.patch.object(checkpoint, "read_file", reading):
+        found = latest_on_ranks(Path(folder), warn=warnings.append, ranks=ranks_of(mesh))
+    return "" if found is None else found.name, warnings, read
+
+
+def slow_work_of_a_rank(mesh: DeviceMesh, who: int, seconds: float, timeout_s: float, fails: bool) -> str:
+    """What a rank gets of work that takes rank `who` longer than ranks wait for each other."""
+    rank = mesh.get_local_rank()
+
+    def work() -> str:
+        if rank == who:
+            time.sleep(seconds)
+            if fails:
+                raise ValueError("it failed")
+        return f"done by {rank}"
+
+    try:
+        return ranks_of(mesh).beside(timeout_s=timeout_s).however_long(work)
+    except ValueError as error:
+        return str(error)
 
 
 def assert_loads(path: Path, share: Share | None) -> None:

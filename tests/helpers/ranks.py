@@ -7,6 +7,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 MOST_RANKS = 4
 PATIENCE_S = 30
+START_S = 240  # on a machine that is busy with other things
 
 
 class Ranks:
@@ -58,6 +60,9 @@ class Ranks:
             theirs.close()
             self.processes.append(process)
             self.pipes.append(ours)
+        for pipe in self.pipes:
+            assert pipe.poll(START_S), f"a rank did not start in {START_S} s"
+            pipe.recv_bytes()
 
     @staticmethod
     def _answer(pipe: Connection) -> tuple[bool, Any]:
@@ -78,13 +83,19 @@ def _serve(rank: int, rendezvous: Path, pipe: Connection) -> None:
         init_method=f"file://{rendezvous}",
         rank=rank,
         world_size=MOST_RANKS,
-        timeout=timedelta(seconds=PATIENCE_S - 5),
+        timeout=timedelta(seconds=START_S),
     )
     meshes = {}
     for num_ranks in range(1, MOST_RANKS + 1):
-        group = dist.new_group(list(range(num_ranks)))
+        group = dist.new_group(list(range(num_ranks)), timeout=timedelta(seconds=PATIENCE_S - 5))
         if rank < num_ranks:
             meshes[num_ranks] = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("expert",))
+        # Torch names a group that only its members make by the number of groups that a process has: so laws
+        # that make one (`Ranks.beside`) must all run on as many ranks.
+        for other in range(num_ranks, MOST_RANKS):
+            dist.new_group([other])
+    import_module("sparsegate.training.loop")  # the law to come needs it, and is to be quick
+    pipe.send_bytes(b"ready")
     while True:
         try:
             function, num_ranks, arguments = pickle.loads(pipe.recv_bytes())

@@ -2,8 +2,8 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 from random import Random
+from typing import Any
 
 import pytest
 import torch

@@ -1,20 +1,25 @@
 """Runs under torchrun: killed ranks, signals, silence."""
 
-import random
+import json
+import os
 import re
 import signal
-import time
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 
+from sparsegate.training.loop import train
 from sparsegate.training.run_folder import saved_steps
+from tests.helpers.killed_runs import KINDS
 from tests.helpers.launched import Launched
-from tests.helpers.rank_runs import assert_alike, ended
-from tests.helpers.runs import make_dataset
-from tests.helpers.tiny_runs import tiny_run, with_gates
+from tests.helpers.rank_runs import assert_alike, ended, exact
+from tests.helpers.runs import LINES, make_dataset
+from tests.helpers.tiny_runs import TINY_DATASETS, tiny_run, with_gates
 
 STEPS = 30
+PROGRAM = "from tests.helpers.restarted_runs import main; main()"
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +35,14 @@ def undisturbed(config, tmp_path_factory):
     run = Launched(tmp_path_factory.mktemp("undisturbed") / "run", config, num_ranks=2, pause_s=0)
     assert run.end() == 0, run.said()
     return ended(run.folder)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_exact(config, tmp_path_factory):
+    """The run of one process, without dropout, whose draws depend on how a batch is split."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    train(exact(config), folder=folder)
+    return ended(folder)
 
 
 def test_a_run_of_which_a_rank_is_killed_ends_bit_for_bit_as_if_none_had_been(config, undisturbed, tmp_path):
@@ -52,19 +65,42 @@ def test_a_signal_to_all_ranks_saves_once_and_leaves(config, undisturbed, tmp_pa
     assert_alike(ended(run.folder), undisturbed, tolerance=0)
 
 
+@pytest.mark.parametrize(
+    ("kind", "kills"),
+    [
+        ("language", 2),
+        *(pytest.param(kind, 50, marks=pytest.mark.nightly) for kind in ("language", "background")),
+        pytest.param("translation", 10, marks=pytest.mark.nightly),
+    ],
+)
+def test_runs_of_which_ranks_are_killed_at_random_moments_end_as_if_none_had_been(kind, kills, tmp_path):
+    """The first rank too, and at any moment: in steps, evaluations and saves, and before the first."""
+    TINY_DATASETS[KINDS[kind][0]](tmp_path / "text", lines=LINES[:100]).directory.rename(tmp_path / "dataset")
+    program = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path), kind, str(kills), "1"],
+        env=os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert program.returncode == 0, program.stderr
+    report = json.loads(program.stdout.splitlines()[-1])
+    assert report["kills"] == kills
+    whole = ended(tmp_path / "whole")
+    for job in range(report["jobs"]):
+        assert_alike(ended(tmp_path / f"job-{job}"), whole, tolerance=0)
+
+
 @pytest.mark.nightly
-def test_ranks_killed_twenty_times_at_random_change_nothing(config, tmp_path):
-    """The first rank too, and at any moment: also while a checkpoint is written, or before the first one."""
-    whole = Launched(tmp_path / "whole", config, num_ranks=4, pause_s=0)
-    assert whole.end() == 0, whole.said()
-    chance = random.Random(0)
-    run = Launched(tmp_path / "killed", config, num_ranks=4, restarts=20, pause_s=0.2)
-    for _ in range(20):
-        run.wait_for_new_ranks()
-        time.sleep(chance.uniform(0, 8))
-        run.kill(chance.randrange(4))
-    assert run.end(within_s=300) == 0, run.said()
-    assert_alike(ended(run.folder), ended(whole.folder), tolerance=0)
+@pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4), (4, 1)])
+def test_a_run_that_is_lost_goes_on_with_another_number_of_ranks(
+    before, after, config, undisturbed_exact, tmp_path
+):
+    run = Launched(tmp_path / "run", exact(config), num_ranks=before, pause_s=0.05)
+    run.wait_for_step(6)
+    run.lose()
+    again = Launched(run.folder, exact(config), num_ranks=after, pause_s=0)
+    assert again.end() == 0, again.said()
+    assert_alike(ended(run.folder), undisturbed_exact, tolerance=2e-4)
 
 
 @pytest.mark.nightly

@@ -11,18 +11,18 @@ import torch
 from sparsegate.training.checkpoint import checkpoint_name, load_checkpoint
 from sparsegate.training.log import read_log
 from sparsegate.training.run_folder import checkpoints_of
-from tests.helpers.killed_runs import STEPS
-from tests.helpers.tiny_runs import TINY_DATASETS, TINY_RUNS
+from tests.helpers.killed_runs import KINDS, STEPS
+from tests.helpers.tiny_runs import TINY_DATASETS
 
 
-@pytest.mark.parametrize("task", TINY_RUNS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.nightly)])
 def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_if_it_had_not_been(
-    tmp_path: Path, kills: int, task: str
+    tmp_path: Path, kills: int, kind: str
 ):
-    TINY_DATASETS[task](tmp_path / "text").directory.rename(tmp_path / "dataset")
+    TINY_DATASETS[KINDS[kind][0]](tmp_path / "text").directory.rename(tmp_path / "dataset")
     program = subprocess.run(
-        [sys.executable, "-m", "tests.helpers.killed_runs", str(tmp_path), task, str(kills), "1"],
+        [sys.executable, "-m", "tests.helpers.killed_runs", str(tmp_path), kind, str(kills), "1"],
         capture_output=True,
         text=True,
     )

@@ -13,7 +13,13 @@ from sparsegate.training.parts import Share, digests_of
 from sparsegate.training.storage import FileDigest, write_file
 from sparsegate.training.tensor_file import encode_tensors
 from tests.helpers.checkpoints import unfinished
-from tests.helpers.rank_savers import assert_loads, failing_save_of_a_rank, save_of_a_rank
+from tests.helpers.rank_savers import (
+    assert_loads,
+    failing_save_of_a_rank,
+    latest_of_a_rank,
+    save_of_a_rank,
+    slow_work_of_a_rank,
+)
 
 
 @pytest.fixture(params=[1, 3, 4])
@@ -146,7 +152,7 @@ def test_when_one_rank_cannot_write_none_has_saved(who, file, ranks, tmp_path):
 def written_in_parts(folder: Path, part: dict, digests: dict) -> Path:
     """A checkpoint of one part and nothing else, under a manifest that fits."""
 
-    def write_more(temporary: Path) -> dict[str, FileDigest]:
+    def write_together(temporary: Path, write_common) -> dict[str, FileDigest]:
         files = {"model_part_0_of_1": part, "digests": digests}
         return {
             f"{name}.safetensors": write_file(
@@ -155,7 +161,38 @@ def written_in_parts(folder: Path, part: dict, digests: dict) -> Path:
             for name, tensors in files.items()
         }
 
-    return save_checkpoint(folder, step=1, tensors={}, state={}, keep=(), write_more=write_more)
+    return save_checkpoint(folder, step=1, tensors={}, state={}, keep=(), write_together=write_together)
+
+
+def test_each_file_is_verified_by_one_rank(saved_at_4, ranks):
+    found = ranks.run(latest_of_a_rank, 3, str(saved_at_4.parent))
+    assert {(name, len(warnings)) for name, warnings, _ in found} == {(saved_at_4.name, 0)}
+    files = json.loads((saved_at_4 / "MANIFEST.json").read_text())["files"]
+    assert sorted(name for _, _, read in found for name in read) == sorted(files)
+    assert all(len(read) <= 1 + len(files) // 3 for _, _, read in found)
+
+
+def test_what_any_rank_finds_damaged_is_passed_over_by_all(saved_at_4, ranks):
+    newer = Path(ranks.run(save_of_a_rank, 2, str(saved_at_4.parent), 8, [7])[0])
+    for file in newer.glob("*.safetensors"):
+        altered = bytearray(file.read_bytes())
+        altered[-1] ^= 1
+        whole, _ = file.read_bytes(), file.write_bytes(altered)
+        found = ranks.run(latest_of_a_rank, 3, str(saved_at_4.parent))
+        assert {name for name, _, _ in found} == {saved_at_4.name}
+        assert f"{file.name}: damaged" in found[0][1][0]
+        file.write_bytes(whole)
+    assert {name for name, _, _ in ranks.run(latest_of_a_rank, 3, str(newer.parent))} == {newer.name}
+
+
+def test_a_rank_that_works_for_longer_than_ranks_wait_ends_nothing(ranks):
+    expected = ["done by 0", "done by 1", "done by 2"]
+    assert ranks.run(slow_work_of_a_rank, 3, 1, 8.0, 5.0, False) == expected
+
+
+def test_work_that_fails_on_one_rank_fails_there_when_all_are_done(ranks):
+    expected = ["done by 0", "it failed", "done by 2"]
+    assert ranks.run(slow_work_of_a_rank, 3, 1, 0.1, 20.0, True) == expected
 
 
 def rewrite(file: Path, tensors: dict) -> None:

@@ -186,6 +186,7 @@ def test_a_log_that_the_first_rank_cannot_shorten_ends_all(configs, ranks, tmp_p
 
 def test_a_launcher_that_could_not_restart_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     monkeypatch.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", raising=False)
     with (

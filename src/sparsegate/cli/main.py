@@ -21,6 +21,7 @@ VERBS = {
     "generate": "Let a trained model write.",
     "translate": "Let a trained translation model translate.",
     "score": "Print the log-probability of each sentence and token.",
+    "export": "Write the weights of a run to one safetensors file.",
     "average": "Average the weights of several checkpoints.",
     "plan": "Count the parameters and operations of a model without building it.",
     "conform": "Try the paper's laws on a mixture-of-experts layer of any origin.",

@@ -5,7 +5,7 @@ token of a sentence that is the end of the sentence before, so `end_id` also mea
 the first sentence as well.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -47,6 +47,16 @@ class Batch:
     def num_tokens(self) -> int:
         """Number of real targets."""
         return int(self.mask_BS.sum())
+
+    def of_rows(self, rows: range) -> "Batch":
+        """Consecutive rows of it, perhaps none."""
+        first, end = rows.start, rows.stop
+        return replace(
+            self,
+            input_BS=self.input_BS[first:end],
+            target_BS=self.target_BS[first:end],
+            mask_BS=self.mask_BS[first:end],
+        )
 
 
 def _batch(

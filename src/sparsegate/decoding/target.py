@@ -201,7 +201,7 @@ def _require_in_vocabulary(what: str, ids: npt.ArrayLike, vocab_size: int) -> No
 
 def _padded(sources: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Tokens and mask, [B, S], of at least one column."""
-    shape = (len(sources), max(1, *map(len, sources)))
+    shape = (len(sources), max([1, *map(len, sources)]))
     source_BS, mask_BS = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=bool)
     for row, source in enumerate(sources):
         source_BS[row, : len(source)] = source

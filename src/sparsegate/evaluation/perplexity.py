@@ -11,6 +11,7 @@ import torch
 
 from ..decoding.inference import evaluation_mode
 from ..decoding.likelihood import groups_by_length, likelihoods, row_batches
+from ..decoding.peers import ALONE, Peers
 from ..models.language_model import LanguageModel
 from ..moe.routing import BalanceSums
 from .sums import add_exactly
@@ -81,6 +82,7 @@ def evaluate(
     unknown_id: int | None = None,
     context: Literal["stream", "sentence"] = "stream",
     progress: Callable[[int], None] | None = None,
+    peers: Peers = ALONE,
 ) -> Evaluation:
     """Measure the likelihood of every token of `text`, each once.
 
@@ -92,6 +94,7 @@ def evaluate(
         model was trained on that saw shuffled sentences; the result does not depend on `batch_size` and
         `num_steps`.
     progress: is told the number of tokens of each batch.
+    peers: who read a share of each batch's rows each. All get the same result.
 
     The model is left in the mode that it was in.
     """
@@ -104,11 +107,13 @@ def evaluate(
         for rows, first_inputs in groups:
             steps = max(1, batch_size * num_steps // len(rows))
             batches = row_batches(rows, first_inputs=first_inputs, num_steps=steps)
-            for likelihood in likelihoods(model, batches):
+            own = (batch.of_rows(peers.rows(len(rows))) for batch in batches)
+            for likelihood in likelihoods(model, own):
                 nll_nats += float(likelihood.nll_BS.sum(dtype=torch.float64))
                 sums = add_exactly(sums, likelihood.sums)
                 if progress is not None:
                     progress(likelihood.num_tokens)
+    (nll_nats,), sums = peers.sum(nll_nats), peers.total(sums)
     return Evaluation(
         nll_nats=nll_nats,
         num_tokens=len(text.token_N),

@@ -10,6 +10,7 @@ import torch
 from ..data.parallel import EvaluationBatches, Pair, TranslationBatch, TranslationDataset
 from ..decoding import Decoding, LineTranslator, TranslationSampling
 from ..decoding.inference import evaluation_mode
+from ..decoding.peers import ALONE, Peers
 from ..models.translation import TranslationModel, token_losses
 from ..moe.routing import BalanceSums
 from .sums import add_exactly
@@ -77,19 +78,21 @@ def evaluate_pairs(
     resamples: int = 0,
     batch_subwords: int = 4096,
     progress: Callable[[int], None] = lambda num_sentences: None,
+    peers: Peers = ALONE,
 ) -> TranslationEvaluation:
     """Measure the likelihood of all references, and the scores of translations.
 
     num_translated: sentences of each pair that are translated, the first ones; None: all. decoding: how.
     resamples: of the test set, for the scores' intervals. batch_subwords: positions that the model reads at
-    once. progress: is told the number of sentences of each batch, whether read or translated.
+    once. progress: is told the number of sentences of each batch, whether read or translated. peers: who read
+    a share of each batch each, and get the same result; `decoding` is then to be of the same peers.
 
     The model is left in the mode that it was in.
     """
     found = {}
     for name, pair in pairs.items():
         likelihood, sums = pair_likelihood(
-            model, pair, dataset, batch_subwords=batch_subwords, progress=progress
+            model, pair, dataset, batch_subwords=batch_subwords, progress=progress, peers=peers
         )
         evaluation = PairEvaluation(likelihood=likelihood, sums=sums, scores=[], hypotheses=[], references=[])
         if num_translated != 0:
@@ -110,16 +113,21 @@ def pair_likelihood(
     *,
     batch_subwords: int,
     progress: Callable[[int], None],
+    peers: Peers = ALONE,
 ) -> tuple[TargetLikelihood, dict[str, BalanceSums]]:
     """The likelihood of all references of a pair, and the sums of the gates by layer."""
     nll_nats, sums = 0.0, {}
     batches = EvaluationBatches(pair=pair, vocabulary=dataset.vocabulary, batch_subwords=batch_subwords)
     with evaluation_mode(model):
-        for batch in batches:
-            nll_of_batch, sums_of_batch = _read(model, batch)
+        for whole in batches:
+            # As many steps at a time on all peers, whatever their shares are.
+            at_once = max(1, _MAX_ATTENTION // whole.source_mask_BS.numel())
+            batch = whole.of_rows(peers.rows(whole.num_sentences))
+            nll_of_batch, sums_of_batch = _read(model, batch, at_once)
             nll_nats += nll_of_batch
             sums = add_exactly(sums, sums_of_batch)
-            progress(batch.num_sentences)
+            progress(whole.num_sentences)
+    (nll_nats,), sums = peers.sum(nll_nats), peers.total(sums)
     likelihood = TargetLikelihood(
         nll_nats=nll_nats,
         num_subwords=pair.target.num_tokens,
@@ -130,10 +138,12 @@ def pair_likelihood(
 
 
 @torch.inference_mode()
-def _read(model: TranslationModel, batch: TranslationBatch) -> tuple[float, dict[str, BalanceSums]]:
+def _read(
+    model: TranslationModel, batch: TranslationBatch, at_once: int
+) -> tuple[float, dict[str, BalanceSums]]:
     """Negative log-likelihood of a batch's labels, and its gates' sums.
 
-    The decoder goes some steps at a time: attention of all steps of a very long pair would fit no memory.
+    The decoder goes `at_once` steps at a time: all of a very long pair would fit no memory.
     """
     device = model.softmax.device
     source_mask_BS, target_mask_BS = batch.source_mask_BS.to(device), batch.target_mask_BS.to(device)
@@ -141,7 +151,7 @@ def _read(model: TranslationModel, batch: TranslationBatch) -> tuple[float, dict
     memory, routings = model.encode(batch.source_BS.to(device), source_mask_BS)
     sums = {name: routing.sums for name, routing in routings.items()}
     nll_nats, state = 0.0, None
-    at_once, num_steps = max(1, _MAX_ATTENTION // source_mask_BS.numel()), target_BS.shape[1]
+    num_steps = target_BS.shape[1]
     for first in range(0, num_steps, at_once):
         steps = slice(first, first + at_once)
         mask_BS = target_mask_BS[:, steps]

@@ -32,6 +32,7 @@ class Method:
     have gradients for the rows that a batch used alone. recompute: whether the experts' hidden layers are
     computed again in the backward pass instead of kept. devices: over which the experts are spread; the
     rest is on each of them, and bytes are of one. evaluated_tokens: that evaluation reads at once.
+    saved_copy: whether weights and state are copied beside themselves, to be written while training goes on.
     """
 
     tokens: int
@@ -42,6 +43,7 @@ class Method:
     recompute: bool = False
     devices: int = 1
     evaluated_tokens: int = 1024
+    saved_copy: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,7 @@ def training_memory(config: LanguageModelConfig, method: Method) -> Memory:
     # Expert gradients lie in memory that is kept from step to step; others come after the softmax has gone.
     evaluation = _evaluation(config, model.softmax, method.evaluated_tokens)
     peak = weights + optimizer + expert_gradients
+    peak += weights + optimizer if method.saved_copy else 0
     peak += max(other_gradients + evaluation, activations + softmax + tables)
     return Memory(
         experts=experts,

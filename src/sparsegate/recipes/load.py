@@ -42,14 +42,14 @@ def load(
             f"{folder / VOCABULARY}: has {vocabulary.size:,} entries, but model.vocab_size is "
             f"{config.model.vocab_size:,}; restore the vocabulary that the run was trained with"
         )
-    path = _checkpoint(folder, checkpoint, warn)
+    path = checkpoint_path(folder, checkpoint, warn)
     try:
         loaded = load_checkpoint(path, only=["model"])
     except ValueError:
         if path.exists():
             raise
         # A run that goes on has deleted it since, for the sake of another one.
-        path = _checkpoint(folder, checkpoint, warn)
+        path = checkpoint_path(folder, checkpoint, warn)
         loaded = load_checkpoint(path, only=["model"])
     model = _model(config, loaded.tensors["model"], path).to(resolve_device(device))
     if not isinstance(model, TranslationModel):
@@ -78,7 +78,8 @@ def require_translation(run: LanguageRun | TranslationRun) -> TranslationRun:
     return run
 
 
-def _checkpoint(folder: Path, which: str | int, warn: Callable[[str], None]) -> Path:
+def checkpoint_path(folder: Path, which: str | int, warn: Callable[[str], None]) -> Path:
+    """A checkpoint of a run; see `load`."""
     checkpoints = checkpoints_of(folder)
     best = read_best(folder) if which == "best" else None
     step = which if isinstance(which, int) else best

@@ -11,7 +11,7 @@ import os
 import re
 import stat
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -45,6 +45,7 @@ _TENSOR_FILE = re.compile(r"[a-z][a-z0-9_]{0,63}\.safetensors")
 _DIRECTORY = re.compile(r"(?:\.replaced-)?step-([0-9]{8,18})")
 _ENDING = ".safetensors"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+WriteFiles = Callable[[], dict[str, FileDigest]]
 _CURE = "restore it from a copy, or remove this checkpoint to go back to the one before"
 
 
@@ -82,15 +83,16 @@ def save_checkpoint(
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Json],
     keep: Collection[int],
-    write_more: Callable[[Path], Mapping[str, FileDigest]] | None = None,
+    write_together: Callable[[Path, WriteFiles], Mapping[str, FileDigest]] | None = None,
 ) -> Path:
     """Write the checkpoint of `step`, then delete all others in `directory` whose step is not in `keep`.
 
     Args:
         tensors: file name without its ending -> tensor name -> tensor of any device and plain dtype.
         state: what JSON holds exactly.
-        write_more: writes files of tensors, flushed, into the folder that it is given, before anyone sees it,
-            and returns what they are by their names: other ranks write there as well (`rank_checkpoint`).
+        write_together: writes all files of tensors into the folder that it is given, before anyone sees it,
+            those of `tensors` by calling what it is given, and returns what they are by their names: other
+            ranks write there as well (`rank_checkpoint`).
 
     Returns:
         The new checkpoint, complete and on the disk. A checkpoint of the same step is replaced.
@@ -110,8 +112,11 @@ def save_checkpoint(
         make_directory(directory)
         remove_leftovers(directory, UNFINISHED, RETIRED)
         with directory_atomically(target) as temporary:
-            files = {name: write_file(temporary / name, file.chunks()) for name, file in encoded.items()}
-            files |= write_more(temporary) if write_more else {}
+
+            def write_files() -> dict[str, FileDigest]:
+                return {name: write_file(temporary / name, file.chunks()) for name, file in encoded.items()}
+
+            files = {**(write_together(temporary, write_files) if write_together else write_files())}
             files[STATE] = write_file(temporary / STATE, [state_bytes])
             write_file(temporary / MANIFEST, [_Manifest(step, files).to_bytes()])
     except OSError as error:
@@ -140,10 +145,22 @@ def latest_checkpoint(directory: Path, *, warn: Callable[[str], None] = warnings
     Raises:
         ValueError: there are checkpoints, all damaged.
     """
+    return newest_whole(directory, candidates(directory), verify=verify, warn=warn)
+
+
+def candidates(directory: Path) -> list[str]:
+    """Names of what looks like a checkpoint, the newest first."""
+    return [name for _, name in sorted(_candidates(directory), reverse=True)]
+
+
+def newest_whole(
+    directory: Path, names: Iterable[str], *, verify: Callable[[Path], None], warn: Callable[[str], None]
+) -> Path | None:
+    """The first of the checkpoints that `verify` finds no fault with; see `latest_checkpoint`."""
     problem = None
-    for _, name in sorted(_candidates(directory), reverse=True):
+    for name in names:
         try:
-            _verify(directory / name)
+            verify(directory / name)
         except (ValueError, OSError) as error:
             if not name.startswith(REPLACED):
                 problem = error
@@ -222,8 +239,13 @@ def _read_nothing(reader: FileReader) -> dict[str, Tensor]:
     return {}
 
 
-def _verify(path: Path) -> None:
-    for name, digest in _read_manifest(path).files.items():
+def verify(path: Path, *, share: Share | None = None) -> None:
+    """Compare every file of a checkpoint with its digest; share: a part of the files.
+
+    ValueError: one line that names the first file that is not what was written.
+    """
+    files = sorted(_read_manifest(path).files.items(), key=lambda entry: -entry[1].size)
+    for name, digest in files if share is None else files[share.rank :: share.num_ranks]:
         read_file(path / name, _read_nothing, expected=digest)
 
 

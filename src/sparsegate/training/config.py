@@ -187,13 +187,19 @@ class TrainingConfig:
         0,
     )
     checkpoint_every: int = option("steps between checkpoints", 500)
+    background_saves: bool = option(
+        "write checkpoints while training goes on, from a copy of weights and optimizer in the host's memory",
+        False,
+    )
     keep_checkpoints: int = option("newest checkpoints that are kept, beside the best", 2)
     log_every: int = option("steps between lines of the log", 20)
     max_nonfinite: int = option(
         "steps with a non-finite loss or gradient in a row after which the run stops", 10
     )
     skip_batches: tuple[int, ...] = option("batches (by index) that are left out", ())
-    init_from: str = option("run folder whose weights training starts from (fine-tuning)", "")
+    init_from: str = option(
+        "run folder, or file of `sparsegate export`, whose weights training starts from (fine-tuning)", ""
+    )
     freeze: tuple[str, ...] = option("parameters that stay as they are, by name (* stands for anything)", ())
 
     def __post_init__(self) -> None:

@@ -10,12 +10,15 @@ from typing import Any
 from rich.console import Console
 
 from ..optim.schedule import warmup_then_inverse_sqrt
-from .checkpoint import delete_others, latest_checkpoint
+from .background import Background
+from .checkpoint import delete_others
 from .config import RunConfig
+from .exporting import import_into
 from .lock import run_lock
 from .making import make_state, over_ranks, resolve_device, start_from
 from .memory import require_memory_for
 from .missing import naming_the_missing
+from .rank_checkpoint import latest_on_ranks
 from .ranks import ALONE, Ranks, ranks_of_process
 from .reporter import Reporter, Silence
 from .run_folder import (
@@ -27,7 +30,7 @@ from .run_folder import (
     write_run_folder,
 )
 from .signals import stop_requests
-from .state import TrainState
+from .state import Snapshot, TrainState
 from .step import Gradient, NonFinite, apply_gradient, compute_gradient, set_learning_rate
 from .tasks import open_task
 from .tasks.task import Measured, Task
@@ -80,6 +83,10 @@ def train(
                 check_run_folder(folder, config, resume=resume)
                 write_run_folder(folder, config, task.dataset)
         stack.enter_context(reporter)
+        if config.training.background_saves:
+            # The writer's thread calls its like on the other ranks while this thread does the same.
+            run.writing = ranks.beside(timeout_s=config.training.timeout)
+        stack.enter_context(run.writer)
         stop = stack.enter_context(stop_requests())
         run.resume_or_start()
         asked = ranks.agree(stop())
@@ -90,6 +97,7 @@ def train(
             asked = ranks.agree(stop())
             if run.save_is_due() or asked:
                 run.save()
+        run.finish_saving()
         return TrainResult(
             folder=folder,
             config=config,
@@ -127,11 +135,15 @@ class Run:
         self.state = make_state(self.config)
         task.require_measurable(self.state.model)
         if self.config.training.init_from and not saved_steps(folder):
-            start_from(self.state.model, Path(self.config.training.init_from), task.dataset)
+            source = Path(self.config.training.init_from)
+            start = import_into if source.is_file() else start_from
+            start(self.state.model, source, task.dataset)
         self.ranks = ranks
         self.state = over_ranks(self.state, self.config, ranks)
         self.saved: list[int] = []
         self.pointed_at = 0  # by the folder, as the best step; 0: no step
+        self.writer = Background()
+        self.writing = ranks
         self.last_evaluation: Measured | None = None
 
     @property
@@ -141,19 +153,16 @@ class Run:
     def resume_or_start(self) -> None:
         """Take over the newest complete checkpoint, where there is one."""
         warnings: list[str] = []
-        newest = None
         with self.ranks.together():
-            if self.ranks.is_first:
-                newest = latest_checkpoint(checkpoints_of(self.folder), warn=warnings.append)
-        if name := self.ranks.agree("" if newest is None else newest.name):
-            with self.ranks.together():
-                self.state.load(checkpoints_of(self.folder) / name)
+            newest = latest_on_ranks(checkpoints_of(self.folder), warn=warnings.append, ranks=self.ranks)
+            if newest is not None:
+                self.state.load(newest)
         progress = self.state.progress
         # Later ones are damaged, or it would have gone on from them: they take no good one's place.
         self.saved = [step for step in saved_steps(self.folder) if step <= progress.step]
         if progress.best_step not in self.saved:
             progress.best_step = 0  # it went for the sake of a later one
-        self._point_at_best()
+        self._point_at_best((progress.best_step, progress.best_nll), self.ranks)
         # Also at step 0: the run may have died before its first checkpoint.
         with self.ranks.together():
             self.reporter.resume_at(progress.step, next_batch=progress.batch_index)
@@ -258,9 +267,9 @@ class Run:
     def evaluate(self) -> None:
         """Measure on the validation split, and remember the best."""
         with self.reporter.doing("evaluating"):
-            result = self.task.evaluate(self.state.model)
+            result = self.task.evaluate(self.state.model, self.ranks)
         metrics, progress = result.metrics(), self.state.progress
-        # Every rank has measured, and rounding may differ.
+        # Where every rank has measured the whole split, rounding may differ.
         loss = self.ranks.of_first(metrics["loss"])
         better = not progress.best_step or loss < progress.best_nll
         if better and math.isfinite(loss):
@@ -269,22 +278,38 @@ class Run:
         self.reporter.evaluation(progress.step, metrics)
 
     def save(self) -> None:
-        """Write a checkpoint; keep the newest ones and the best."""
+        """Write a checkpoint, or begin to; keep the newest ones and the best."""
         progress = self.state.progress
         newest = [step for step in self.saved if step != progress.step]
         newest = newest[: self.config.training.keep_checkpoints - 1]
-        checkpoints, keep = checkpoints_of(self.folder), {*newest, progress.best_step}
+        keep, best = {*newest, progress.best_step}, (progress.best_step, progress.best_nll)
         with self.reporter.doing("saving"):
-            # Whenever it is read, the pointer names a checkpoint that is there.
-            self.state.save(checkpoints, keep={*keep, self.pointed_at})
-            self._point_at_best()
-            if self.ranks.is_first:
-                delete_others(checkpoints, {progress.step, *keep})
+            self.finish_saving()
+            snapshot = self.state.snapshot()
+            if self.config.training.background_saves:
+                copy = snapshot.copy()
+                self.writer.start(lambda: self._write(copy, keep, best))
+            else:
+                self._write(snapshot, keep, best)
         self.saved = [progress.step, *newest]
 
-    def _point_at_best(self) -> None:
-        progress = self.state.progress
-        with self.ranks.together():
-            if self.ranks.is_first:
-                write_best(self.folder, step=progress.best_step, nll=progress.best_nll)
-        self.pointed_at = progress.best_step
+    def _write(self, snapshot: Snapshot, keep: set[int], best: tuple[int, float]) -> None:
+        checkpoints = checkpoints_of(self.folder)
+        with self.writing.together():
+            # Whenever it is read, the pointer names a checkpoint that is there.
+            snapshot.write(checkpoints, keep={*keep, self.pointed_at}, ranks=self.writing)
+        self._point_at_best(best, self.writing)
+        if self.ranks.is_first:
+            delete_others(checkpoints, {snapshot.step, *keep})
+
+    def finish_saving(self) -> None:
+        """Wait until the checkpoint that was begun is written. CannotSave where it could not be."""
+        self.writer.finish()
+
+    def _point_at_best(self, best: tuple[int, float], ranks: Ranks) -> None:
+        """best: step and loss."""
+        step, nll = best
+        with ranks.together():
+            if ranks.is_first:
+                write_best(self.folder, step=step, nll=nll)
+        self.pointed_at = step

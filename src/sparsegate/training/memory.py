@@ -45,6 +45,8 @@ def method_of(config: RunConfig) -> Method:
         in_backward=optim.in_backward,
         sparse_rows=optim.tables == "rows",
         recompute=isinstance(model, MixtureLM) and model.recompute,
+        # Of a GPU's memory, the copy is in the host's.
+        saved_copy=config.training.background_saves and resolve_device(config.training.device).type == "cpu",
     )
 
 

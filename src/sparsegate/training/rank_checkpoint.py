@@ -1,12 +1,12 @@
 """Checkpoints that several ranks write together, each its own experts, whole or not at all."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .checkpoint import checkpoint_name, save_checkpoint
+from .checkpoint import WriteFiles, candidates, checkpoint_name, newest_whole, save_checkpoint, verify
 from .parts import DIGESTS, Share, digests_of, part_name
 from .ranks import Ranks
 from .storage import UNFINISHED, CannotSave, FileDigest, write_file
@@ -14,6 +14,22 @@ from .strict_json import Json
 from .tensor_file import encode_tensors
 
 Groups = Mapping[str, Mapping[str, Tensor]]
+
+
+def latest_on_ranks(directory: Path, *, warn: Callable[[str], None], ranks: Ranks) -> Path | None:
+    """As `latest_checkpoint`, on all ranks, each of which reads a share of the files."""
+    names = ""
+    with ranks.together():
+        if ranks.is_first:
+            names = "/".join(candidates(directory))
+    names = ranks.agree(names)
+    share = Share(rank=ranks.rank, num_ranks=ranks.num_ranks)
+
+    def verify_together(path: Path) -> None:
+        with ranks.together():
+            ranks.however_long(lambda: verify(path, share=share))
+
+    return newest_whole(directory, filter(None, names.split("/")), verify=verify_together, warn=warn)
 
 
 class _Agreed(OSError):
@@ -44,21 +60,23 @@ def save_on_ranks(
     if not ranks.is_first:
         try:
             _go_on(ranks)
-            _write_parts(target.with_name(UNFINISHED + target.name), stacked, ranks)
+            _write(target.with_name(UNFINISHED + target.name), stacked, dict, ranks)
             _go_on(ranks)
         except _Agreed as error:
             needed = sum(tensor.nbytes for part in stacked.values() for tensor in part.values())
             raise CannotSave(target, needed=needed, cause=error) from error
         return target
 
-    def write_more(temporary: Path) -> dict[str, FileDigest]:
+    def write_together(temporary: Path, write_common: WriteFiles) -> dict[str, FileDigest]:
         _go_on(ranks)
-        files, digests = _write_parts(temporary, stacked, ranks)
+        files, digests = _write(temporary, stacked, write_common, ranks)
         encoded = encode_tensors(digests, name=DIGESTS)
         return {**files, f"{DIGESTS}.safetensors": write_file(_file(temporary, DIGESTS), encoded.chunks())}
 
     try:
-        save_checkpoint(directory, step=step, tensors=tensors, state=state, keep=keep, write_more=write_more)
+        save_checkpoint(
+            directory, step=step, tensors=tensors, state=state, keep=keep, write_together=write_together
+        )
     except (OSError, ValueError) as error:
         if not isinstance(error.__cause__, _Agreed):
             _first_problem(str(error), ranks)
@@ -67,18 +85,31 @@ def save_on_ranks(
     return target
 
 
-def _write_parts(
-    folder: Path, stacked: Groups, ranks: Ranks
+def _write(
+    folder: Path, stacked: Groups, write_common: WriteFiles, ranks: Ranks
 ) -> tuple[dict[str, FileDigest], dict[str, Tensor]]:
-    """This rank's parts; what all ranks wrote, and the digests of all experts."""
+    """All ranks at once, each its parts; what all of them wrote, and the digests of all experts.
+
+    write_common: writes what else this rank has to.
+    """
     share = Share(rank=ranks.rank, num_ranks=ranks.num_ranks)
     own: dict[str, Json] = {}
-    problem = ""
-    try:
+    own_digests: dict[str, Tensor] = {}
+
+    def write_own() -> None:
+        written = write_common()
         for group, part in stacked.items():
             name = part_name(group, share)
-            digest = write_file(_file(folder, name), encode_tensors(part, name=name).chunks())
-            own[f"{name}.safetensors"] = {"size": digest.size, "sha256": digest.sha256}
+            written[f"{name}.safetensors"] = write_file(
+                _file(folder, name), encode_tensors(part, name=name).chunks()
+            )
+            own_digests.update({f"{group}/{each}": digests_of(tensor) for each, tensor in part.items()})
+        for name, digest in written.items():
+            own[name] = {"size": digest.size, "sha256": digest.sha256}
+
+    problem = ""
+    try:
+        ranks.however_long(write_own)
     except (OSError, ValueError) as error:
         problem = f"rank {share.rank}: {error}"
     files: dict[str, FileDigest] = {}
@@ -88,12 +119,7 @@ def _write_parts(
                 files |= {name: _parse_digest(entry) for name, entry in written.items()}
             case {"problem": str(problem)}:
                 raise _Agreed(problem)
-    digests = {
-        f"{group}/{name}": torch.cat(ranks.gather(digests_of(tensor)))
-        for group, part in stacked.items()
-        for name, tensor in part.items()
-    }
-    return files, digests
+    return files, {name: torch.cat(ranks.gather(rows)) for name, rows in own_digests.items()}
 
 
 def _parse_digest(entry: Json) -> FileDigest:

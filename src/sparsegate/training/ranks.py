@@ -1,10 +1,12 @@
 """The processes of a run: what they tell each other, and how they fail together."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from threading import Thread
 from typing import TypeVar
 
 import torch
@@ -16,9 +18,14 @@ from ..parallel.distribute import add_up_gradients, gradient_norm, in_nodes
 from ..parallel.placement import split
 from ..parallel.sums import sum_over_ranks
 from .gradients import gradients_of
+from .meeting import number_of, open_store, wait_for_all
 from .strict_json import Json, parse_json, to_json_bytes
 
 Sums = TypeVar("Sums")
+Result = TypeVar("Result")
+
+# How often a rank that works by itself tells the others that it lives.
+_BEAT_S = 1.0
 
 
 class ToldElsewhere(ValueError):
@@ -126,12 +133,41 @@ class Ranks:
             return word
         return next(str(each) for each in self.tell_all(word) if each)
 
+    def however_long(self, work: Callable[[], Result]) -> Result:
+        """Do work that waits for no other rank, such as reading files, and wait until all have done theirs.
+
+        There is no limit to that, as long as all ranks live; one that is killed or stopped ends the run as
+        ever. The work is done in another thread.
+        """
+        if self.mesh is None:
+            return work()
+        done = in_a_thread(work)
+        while self.sum(float(not wait([done], timeout=_BEAT_S).done))[0]:
+            pass
+        return done.result()
+
+    def beside(self, *, timeout_s: float) -> "Ranks":
+        """The same ranks once more, to be called by another thread while this one calls these. On the CPU.
+
+        They end with the engine's process group.
+        """
+        if self.mesh is None:
+            return self
+        group = dist.new_group(
+            dist.get_process_group_ranks(self.mesh.get_group()),
+            backend="gloo",
+            timeout=timedelta(seconds=timeout_s),
+            use_local_synchronization=True,
+        )
+        assert isinstance(group, dist.ProcessGroup)
+        return Ranks.of_mesh(DeviceMesh.from_group(group, "cpu", mesh_dim_names=("expert",)))
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """What fails on one rank within the block fails on all after it: the first rank tells of it.
 
-        In the block no rank waits for another. ValueError and OSError alone; another kind ends its process,
-        and the launcher the others.
+        In the block no rank waits for one that may have failed. ValueError and OSError alone; another kind
+        ends its process, and the launcher the others.
         """
         problem: ValueError | OSError | None = None
         try:
@@ -168,28 +204,63 @@ class Ranks:
 ALONE = Ranks(rank=0, num_ranks=1, mesh=None)
 
 
+def in_a_thread(work: Callable[[], Result]) -> "Future[Result]":
+    """Begin work that may be left alone when the process ends."""
+    outcome: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return outcome
+
+
 @contextmanager
 def ranks_of_process(device: torch.device, *, timeout_s: float) -> Iterator[Ranks]:
     """This process's place among those that `torchrun` started; alone where it started none.
 
-    timeout_s: how long a rank waits for the others before the run ends.
+    timeout_s: how long a rank waits for the others before the run ends; half as long at the beginning.
 
-    ValueError: an environment in which the launcher could not do what it is asked to.
+    ValueError: ranks that did not come, or an environment in which the launcher could not do what it is asked
+    to.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
-    _require_restartable(os.environ)
+    rank, num_ranks = (number_of(os.environ, name) for name in ("RANK", "WORLD_SIZE"))
+    patience_s = timeout_s / 2
+    with _told_by_first(rank):
+        _require_restartable(os.environ)
+    store = open_store(os.environ, within_s=patience_s)
+    with _told_by_first(rank):
+        wait_for_all(store, rank=rank, num_ranks=num_ranks, within_s=patience_s)
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        timeout=timedelta(seconds=timeout_s),
+        store=store,
+        rank=rank,
+        world_size=num_ranks,
+    )
     try:
         yield Ranks.of_mesh(
             init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("expert",))
         )
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _told_by_first(rank: int) -> Iterator[None]:
+    """What all ranks find wrong is said by one."""
+    try:
+        yield
+    except ValueError as error:
+        raise (ToldElsewhere(str(error)) if rank else error) from None
 
 
 def _require_restartable(environment: Mapping[str, str]) -> None:

@@ -1,9 +1,8 @@
 """What changes while a run goes on, and its way into a checkpoint and back."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from .overrides import from_json
 from .parts import Share
 from .rank_checkpoint import save_on_ranks
 from .ranks import ALONE, Ranks
+from .strict_json import Json
 from .tensor_file import Targets
 
 
@@ -55,6 +55,10 @@ class TrainState:
 
     def save(self, directory: Path, *, keep: Collection[int]) -> Path:
         """Write a checkpoint of this state, whole or not at all; see `save_checkpoint` for the errors."""
+        return self.snapshot().write(directory, keep=keep, ranks=self.ranks)
+
+    def snapshot(self) -> "Snapshot":
+        """What a checkpoint is written of: the tensors themselves, not copies."""
         carried = {
             f"{name}.{part}": torch.cat(self.ranks.gather(t.transpose(0, 1))).transpose(0, 1)
             for name, pair in self.carried.items()
@@ -62,22 +66,18 @@ class TrainState:
         }
         weights = weights_of(self.model)
         optimizer = _optimizer_tensors(self.model, self.optimizers)
-        saved: dict[str, Any] = {"step": self.progress.step, "state": asdict(self.progress), "keep": keep}
-        if self.ranks.mesh is None:
-            return save_checkpoint(
-                directory, tensors={"model": weights, "optimizer": optimizer, "state": carried}, **saved
-            )
-        experts = _expert_names(self.model)
+        # One process writes its experts among the rest.
+        experts = {} if self.ranks.mesh is None else _expert_names(self.model)
         own_weights, common_weights = _divide(weights, lambda name: name in experts)
         own_state, common_state = _divide(
             optimizer, lambda path: path.rpartition("/")[0] in experts and optimizer[path].dim() > 0
         )
-        return save_on_ranks(
-            directory,
-            tensors={"model": common_weights, "optimizer": common_state, "state": carried},
+        common = {"model": common_weights, "optimizer": common_state, "state": carried}
+        return Snapshot(
+            step=self.progress.step,
+            common=common if self.ranks.is_first else {},
             stacked={"model": own_weights, "optimizer": own_state},
-            ranks=self.ranks,
-            **saved,
+            state=asdict(self.progress),
         )
 
     def load(self, path: Path) -> None:
@@ -88,7 +88,8 @@ class TrainState:
         share = (
             None if self.ranks.mesh is None else Share(rank=self.ranks.rank, num_ranks=self.ranks.num_ranks)
         )
-        self.restore(load_checkpoint(path, share=share, targets={"model": into_weights(self.model)}))
+        targets = {"model": into_weights(self.model)}
+        self.restore(self.ranks.however_long(lambda: load_checkpoint(path, share=share, targets=targets)))
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Become the state that was saved, bit for bit."""
@@ -121,6 +122,43 @@ class TrainState:
             return tensor[own.start : own.stop].clone()
 
         return {name: cut(name, tensor) for name, tensor in tensors.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """What a checkpoint is written of. common: what the first rank writes. stacked: this rank's experts."""
+
+    step: int
+    common: dict[str, dict[str, Tensor]]
+    stacked: dict[str, dict[str, Tensor]]
+    state: Mapping[str, Json]
+
+    def copy(self) -> "Snapshot":
+        """One that stays as it is while training goes on, in the host's memory."""
+        return replace(self, common=_copies(self.common), stacked=_copies(self.stacked))
+
+    def write(self, directory: Path, *, keep: Collection[int], ranks: Ranks) -> Path:
+        """The checkpoint, by all ranks together; see `save_checkpoint` and `save_on_ranks`."""
+        if ranks.mesh is None:
+            return save_checkpoint(
+                directory, step=self.step, tensors=self.common, state=self.state, keep=keep
+            )
+        return save_on_ranks(
+            directory,
+            step=self.step,
+            tensors=self.common,
+            stacked=self.stacked,
+            state=self.state,
+            keep=keep,
+            ranks=ranks,
+        )
+
+
+def _copies(groups: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    return {
+        group: {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        for group, tensors in groups.items()
+    }
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, Tensor]:

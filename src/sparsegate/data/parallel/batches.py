@@ -52,6 +52,18 @@ class TranslationBatch:
         """Number of real labels, ends included."""
         return int(self.target_mask_BS.sum())
 
+    def of_rows(self, rows: range) -> "TranslationBatch":
+        """Consecutive sentences of it, perhaps none, as wide as the batch."""
+        first, end = rows.start, rows.stop
+        return TranslationBatch(
+            source_BS=self.source_BS[first:end],
+            source_mask_BS=self.source_mask_BS[first:end],
+            target_BS=self.target_BS[first:end],
+            label_BS=self.label_BS[first:end],
+            target_mask_BS=self.target_mask_BS[first:end],
+            index=self.index,
+        )
+
 
 class TranslationBatches:
     """Batches to train on, each a pure function of (seed, index): a run resumes at any one at once.

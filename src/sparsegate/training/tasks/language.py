@@ -13,7 +13,7 @@ from ..config import ContinuousConfig, RunConfig, SentencesConfig
 from ..noise import Draw, derived_seed, gate_noise
 from ..ranks import ALONE, Ranks
 from ..run_folder import for_dataset
-from .task import Forward, Losses, Part, State, Task, micro_batches
+from .task import Forward, Losses, Part, State, Task, evaluation_peers, micro_batches
 
 
 class LanguageTask(Task[LanguageModel]):
@@ -36,7 +36,7 @@ class LanguageTask(Task[LanguageModel]):
     def require_measurable(self, model: LanguageModel) -> None:
         """Every model has a likelihood."""
 
-    def evaluate(self, model: LanguageModel) -> Evaluation:
+    def evaluate(self, model: LanguageModel, ranks: Ranks) -> Evaluation:
         return evaluate(
             model,
             self._dataset.split("valid"),
@@ -44,6 +44,7 @@ class LanguageTask(Task[LanguageModel]):
             num_steps=64,
             unknown_id=self._dataset.vocabulary.unknown_id,
             context=self.config.batches.context,
+            peers=evaluation_peers(model, ranks),
         )
 
 

@@ -7,11 +7,12 @@ from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
+from ...decoding.inference import evaluation_mode
 from ...models import LayeredModel
 from ...moe.routing import BalanceSums
 from ...parallel.placement import split
 from ..config import RunConfig
-from ..ranks import Ranks
+from ..ranks import ALONE, Ranks
 from ..run_folder import RunDataset
 
 State = dict[str, tuple[Tensor, Tensor]]
@@ -69,6 +70,17 @@ def micro_batches(num_rows: int, config: RunConfig, ranks: Ranks) -> list[range]
     return [range(own.start + part.start, own.start + part.stop) for part in parts]
 
 
+def evaluation_peers(model: LayeredModel, ranks: Ranks) -> Ranks:
+    """Who share an evaluation out: all ranks.
+
+    But where a gate chooses over the batch in evaluation, too, each rank measures the whole split by itself,
+    so that the result does not depend on the number of ranks.
+    """
+    with evaluation_mode(model):
+        chooses = any(layer.selects_over_batch for _, layer in model.named_layers())
+    return ALONE if chooses else ranks
+
+
 class Task(ABC, Generic[Model]):
     """A dataset and what is made of it: the parts of each batch, and the measure of a model.
 
@@ -95,5 +107,5 @@ class Task(ABC, Generic[Model]):
         """ValueError for a model that `evaluate` could not measure as it is asked to."""
 
     @abstractmethod
-    def evaluate(self, model: Model) -> Measured:
-        """Measure on the validation split."""
+    def evaluate(self, model: Model, ranks: Ranks) -> Measured:
+        """Measure on the validation split, each rank its share; all get the same result."""

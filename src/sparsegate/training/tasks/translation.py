@@ -9,6 +9,7 @@ from torch import Tensor
 from ...data.parallel import TranslationBatch, TranslationBatches, TranslationDataset
 from ...decoding.inference import evaluation_mode
 from ...decoding.target import require_independence
+from ...decoding.translation import SharedSampling, TranslationSampling
 from ...evaluation.translating import TranslationEvaluation, evaluate_pairs
 from ...evaluation.translation import require_scores
 from ...models.translation import TranslationModel, token_losses
@@ -17,7 +18,7 @@ from ..config import ParallelConfig, RunConfig
 from ..noise import Draw, derived_seed, row_noise
 from ..ranks import ALONE, Ranks
 from ..run_folder import for_dataset
-from .task import Forward, Losses, Part, State, Task, micro_batches
+from .task import Forward, Losses, Part, State, Task, evaluation_peers, micro_batches
 
 
 class TranslationTask(Task[TranslationModel]):
@@ -61,9 +62,16 @@ class TranslationTask(Task[TranslationModel]):
             with evaluation_mode(model):
                 require_independence(model)
 
-    def evaluate(self, model: TranslationModel) -> TranslationEvaluation:
-        num_translated = self.config.training.bleu_sentences
-        return evaluate_pairs(model, self._dataset, self._valid, num_translated=num_translated)
+    def evaluate(self, model: TranslationModel, ranks: Ranks) -> TranslationEvaluation:
+        return evaluate_pairs(
+            model,
+            self._dataset,
+            self._valid,
+            num_translated=self.config.training.bleu_sentences,
+            # No gate of a model that translates chooses over the batch.
+            decoding=SharedSampling(sampling=TranslationSampling(), peers=ranks),
+            peers=evaluation_peers(model, ranks),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
