@@ -56,13 +56,19 @@ def commands(text: str) -> list[list[str]]:
     return [shlex.split(part) for part in parts if ours.match(part)]
 
 
+def benchmark_source(module: str) -> str:
+    """Its text, and that of the benchmarks from which it may have its options."""
+    text = (ROOT / f"{module.replace('.', '/')}.py").read_text()
+    return text + "".join(map(benchmark_source, re.findall(r"^from (benchmarks\.\w+) import", text, re.M)))
+
+
 def check_command(words: list[str]) -> None:
     """Fail if a verb, a recipe, an option or a target does not exist."""
     if words[0] == "make":
         makefile = (ROOT / "Makefile").read_text()
         assert all(re.search(rf"^{word}:", makefile, re.M) for word in words[1:] if "=" not in word), words
     elif words[0] == "python":
-        options = (ROOT / f"{words[2].replace('.', '/')}.py").read_text()
+        options = benchmark_source(words[2])
         assert all(f'"{word}"' in options for word in words[3:] if word.startswith("--")), words
     elif words[1:] and words[1] not in ("VERB", "--help", "--version"):
         name, *rest = words[1:]

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from ..moe.kernels.sink import GradientSink
 from ..moe.layer import MoE
+from ..moe.precision import autocast_off
 from ..moe.routing import BalanceSums, Routing
 
 LSTMState = tuple[Tensor, Tensor]
+
+_CPU_HAS_BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +126,15 @@ class Recurrent(Layer):
         with warnings.catch_warnings():
             # What torch says of a projected LSTM on CPU: that it computes it as it always has.
             warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
-            y_BSD, state = self.lstm(x_BSD, state)
+            y_BSD, state = self._read(x_BSD, state)
         return LayerOutput(y_BSD=self.project(y_BSD), state=state)
+
+    def _read(self, x_BSD: Tensor, state: LSTMState | None) -> tuple[Tensor, LSTMState]:
+        """In float32 where the processor has no bfloat16: there torch's LSTM fails under autocast."""
+        if _CPU_HAS_BFLOAT16 or x_BSD.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+            return self.lstm(x_BSD, state)
+        with autocast_off(x_BSD.device):
+            return self.lstm(x_BSD.float(), None if state is None else (state[0].float(), state[1].float()))
 
     def ops_per_token(self) -> int:
         return sum(p.numel() for p in self.parameters() if p.dim() == 2)
