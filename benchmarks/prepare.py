@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.measuring import markdown, store
+from sparsegate.benchmarking.measuring import markdown, store
 
 SHARD_BYTES = 40_000_000
 WATCHED_EVERY = 0.1

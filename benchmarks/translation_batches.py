@@ -12,7 +12,7 @@ import argparse
 import time
 from pathlib import Path
 
-from benchmarks.measuring import markdown, store
+from sparsegate.benchmarking.measuring import markdown, store
 from sparsegate.data.parallel import (
     EvaluationBatches,
     TranslationBatch,
