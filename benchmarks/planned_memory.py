@@ -125,10 +125,10 @@ def measure(name: str, folder: Path) -> int:
         tiny["model.gate.num_groups"] = 4
     tiny |= {"batches.batch_size": 4, "training.micro_batches": 1}
     train(replace_by_path(config, tiny), folder=folder / "first")  # loads what is loaded once
-    before = _bytes("VmRSS")
+    before = bytes_of("VmRSS")
     RESET.write_text("5")  # the peak begins anew
     train(config, folder=folder / "run")
-    return _bytes("VmHWM") - before
+    return bytes_of("VmHWM") - before
 
 
 def text(path: Path, num_words: int) -> None:
@@ -140,7 +140,7 @@ def text(path: Path, num_words: int) -> None:
     path.with_name("valid").write_text("\n".join(lines[:50]))
 
 
-def _bytes(field: str) -> int:
+def bytes_of(field: str) -> int:
     lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
     return int(lines[field].split()[0]) * 1024
 

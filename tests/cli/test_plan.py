@@ -69,6 +69,17 @@ def test_a_model_that_is_larger_than_the_memory_is_refused_after_its_figures(cap
     assert "memory (24.0 GiB) is less than the " in told.err
 
 
+def test_a_dry_run_makes_every_rank(capsys: Capture):
+    words = ["moe-256", "--devices", "12", "--memory", "300GiB", "--dry-run"]
+    told = planned(capsys, *words)
+    assert told["dry_run"]["experts"] == 256
+    assert (told["dry_run"]["most_experts"], told["dry_run"]["fewest_experts"]) == (22, 21)
+    assert told["dry_run"]["weights"] == 4 * (told["parameters"] - (256 - 22) * 2 * 512 * 1024)
+    assert main(["plan", *words]) == 0
+    assert "experts, each on exactly one of them" in capsys.readouterr().out
+    assert "dry_run" not in planned(capsys, *words[:-1])
+
+
 @pytest.mark.parametrize(
     ("text", "number"),
     [
@@ -129,6 +140,9 @@ def test_people_read_the_same_numbers(name: str, capsys: Capture):
         (["translation-moe-32", "--memory-bandwidth", "1T"], "--memory-bandwidth: is for language models"),
         (["moe-32", "--devices", "0"], "devices (0) must be above 0"),
         (["moe-32", "--efficiency", "2"], "efficiency (2.0) must be above 0 and at most 1"),
+        (["moe-32", "--dry-run"], "--dry-run: needs --devices and a language model"),
+        (["translation-moe-32", "--dry-run", "--devices", "2"], "--dry-run: needs --devices and a language"),
+        (["moe-32", "--dry-run", "--devices", "33"], "ranks that share the experts (33) must not exceed"),
         (["small-moe-32", "--devices", "2000"], "devices (2,000) must not exceed the 1,024 tokens"),
     ],
 )

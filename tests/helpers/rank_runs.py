@@ -21,7 +21,7 @@ from sparsegate.models.softmax import OutputSoftmax
 from sparsegate.training import loop, rank_checkpoint
 from sparsegate.training.checkpoint import checkpoint_name, load_checkpoint
 from sparsegate.training.config import RunConfig
-from sparsegate.training.making import make_state, over_ranks
+from sparsegate.training.making import make_state
 from sparsegate.training.ranks import ALONE, Ranks, ToldElsewhere
 from sparsegate.training.run_folder import checkpoints_of
 from sparsegate.training.storage import FileDigest
@@ -127,11 +127,10 @@ class Measurement:
 def evaluated(config: RunConfig, ranks: Ranks = ALONE) -> Measurement:
     """A fresh model, whose gates prefer something, on the validation split; its experts on ranks."""
     task = open_task(config)
-    state = make_state(task.config)
+    state = make_state(task.config, ranks)
     for name, parameter in state.model.named_parameters():
         if ".gate." in name:
             torch.nn.init.normal_(parameter, std=0.5)
-    state = over_ranks(state, task.config, ranks)
     found = task.evaluate(state.model, ranks)
     parts = list(found.pairs.values()) if isinstance(found, TranslationEvaluation) else [found]
     return Measurement(

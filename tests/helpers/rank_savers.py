@@ -46,8 +46,19 @@ def share_of(groups: dict[str, dict[str, Tensor]], share: Share) -> dict[str, di
     }
 
 
+def words() -> dict[str, Tensor]:
+    """Of all words of a vocabulary."""
+    torch.manual_seed(3)
+    return {"embedding.weight": torch.randn(11, 3), "softmax.bias": torch.randn(11)}
+
+
+def word_share(tensors: dict[str, Tensor], share: Share) -> dict[str, Tensor]:
+    return {name: tensor[share.rank :: share.num_ranks] for name, tensor in tensors.items()}
+
+
 def whole() -> dict[str, dict[str, Tensor]]:
-    return {group: tensors | stacked()[group] for group, tensors in shared().items()}
+    found = {group: tensors | stacked()[group] for group, tensors in shared().items()}
+    return found | {"model": found["model"] | words()}
 
 
 def assert_same(found: dict[str, dict[str, Tensor]], expected: dict[str, dict[str, Tensor]]) -> None:
@@ -70,6 +81,7 @@ def save_of_a_rank(mesh: DeviceMesh, folder: str, step: int, keep: Collection[in
         step=step,
         tensors=shared(),
         stacked=share_of(stacked(), share),
+        words={"model": word_share(words(), share)},
         state=STATE,
         keep=keep,
         ranks=ranks,
@@ -128,6 +140,7 @@ def assert_loads(path: Path, share: Share | None) -> None:
     expected = whole()
     if share is not None:
         expected = {group: tensors | share_of(stacked(), share)[group] for group, tensors in shared().items()}
-    found = load_checkpoint(path, share=share)
+        expected["model"] |= word_share(words(), share)
+    found = load_checkpoint(path, share=share, word_share=share)
     assert found.state == STATE
     assert_same(found.tensors, expected)

@@ -16,6 +16,7 @@ from sparsegate.models.gates import (
     HierarchicalGate,
     NoisyTopKGate,
 )
+from sparsegate.models.holding import EVERYTHING, Holding
 from sparsegate.moe.layer import MoE
 from sparsegate.moe.losses import importance_loss, load_loss, threshold_loss
 from sparsegate.moe.routing import BalanceSums
@@ -27,6 +28,7 @@ from sparsegate.parallel.distribute import (
     shard_the_rest,
     spread_experts,
 )
+from sparsegate.parallel.holding import HoldingOfRank
 from sparsegate.parallel.sums import sum_over_ranks
 
 GATES: dict[str, GateConfig] = {
@@ -53,9 +55,12 @@ class Case:
     num_experts: int = 6
     copies: int = 1
     per_node: int | None = None
+    words: bool = False  # the vocabulary is spread as well
+    samples: int = 0
 
     def __str__(self) -> str:
         how = "fsdp-" * self.fsdp + "nodes-" * (self.per_node is not None)
+        how += f"words-{self.samples}-" if self.words else ""
         return f"{self.gate}-{self.selection}-{how}{self.copies}-{'+'.join(map(str, self.rows))}"
 
 
@@ -68,7 +73,7 @@ class Trained:
     weights: dict[str, Tensor]
 
 
-def a_model(case: Case) -> LanguageModel:
+def a_model(case: Case, holding: Holding = EVERYTHING) -> LanguageModel:
     torch.manual_seed(3)
     config = MixtureLM(
         vocab_size=VOCAB,
@@ -79,8 +84,9 @@ def a_model(case: Case) -> LanguageModel:
         k=2,
         hidden=6,
         gate=GATES[case.gate],
+        softmax_samples=case.samples,
     )
-    model = build(config, dtype=torch.float64)
+    model = build(config, dtype=torch.float64, holding=holding)
     for name, parameter in model.named_parameters():
         if "w_gate" in name or "w_noise" in name:
             torch.nn.init.normal_(parameter, std=0.5)
@@ -113,7 +119,10 @@ def train_on_rank(mesh: DeviceMesh, case: Case) -> Trained:
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data", "expert"))
     model, widths = a_model(case), a_model(case)
     nodes = None if case.per_node is None else in_nodes(mesh, ranks_per_node=case.per_node)
-    spread_experts(model, mesh, selection=case.selection, nodes=nodes)
+    if case.words:
+        model = a_model(case, HoldingOfRank(mesh, nodes=nodes, shares_words=True))
+    else:
+        spread_experts(model, mesh, selection=case.selection, nodes=nodes)
     names = names_in_one_process(model)
     if case.fsdp:
         shard_the_rest(model, mesh)

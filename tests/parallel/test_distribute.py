@@ -20,6 +20,9 @@ CASES = [
     Case("noisy_topk", (2, 0, 3), num_experts=7),
     Case("noisy_topk", (2, 3), fsdp=True),
     Case("hierarchical", (1, 2, 0, 2), fsdp=True),
+    *(Case("noisy_topk", rows, words=True) for rows in [(4,), (3, 1), (2, 0, 3)]),
+    *(Case("noisy_topk", rows, words=True, samples=5) for rows in [(4,), (3, 1), (2, 0, 3)]),
+    Case("noisy_topk", (2, 3), words=True, fsdp=True),
     Case("noisy_topk", (1, 2, 0, 2), copies=2),
     Case("noisy_topk", (1, 2, 0, 2), copies=2, fsdp=True),
     Case("noisy_topk", (1, 2, 0, 2), per_node=2, num_experts=7),
@@ -38,7 +41,11 @@ def assert_trained_alike(case: Case, expected: Trained, found: list[Trained]) ->
         own = experts_of(number % expert_ranks, num_experts=case.num_experts, num_ranks=expert_ranks)
         assert rank.weights.keys() == expected.weights.keys()
         for name, weight in expected.weights.items():
-            assert_close(rank.weights[name], weight[own.start : own.stop] if ".experts." in name else weight)
+            if ".experts." in name:
+                weight = weight[own.start : own.stop]
+            if case.words and name.startswith(("embedding.", "softmax.")):
+                weight = weight[number::expert_ranks]
+            assert_close(rank.weights[name], weight)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

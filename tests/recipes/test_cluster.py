@@ -8,6 +8,7 @@ import torch
 from sparsegate.models import MixtureLM
 from sparsegate.models.gates import HierarchicalGate
 from sparsegate.models.memory import Method
+from sparsegate.parallel.placement import experts_of
 from sparsegate.recipes.cluster import Layout, Machine, arithmetic_flops, lay_out
 from sparsegate.recipes.planner import plan
 from sparsegate.recipes.registry import recipe
@@ -20,21 +21,41 @@ def laid(name: str, machine: Machine, *, batch_tokens: int = 8192, **method: obj
         Method(**{"tokens": 1, **method}),
         batch_tokens=batch_tokens,
         micro_batches=1,
-        value_bytes=2,
     )
 
 
-@pytest.mark.parametrize("name", ["moe-256", "moe-1024-h"])
-@pytest.mark.parametrize("devices", [1, 2, 16])
+@pytest.mark.parametrize(
+    ("name", "devices"),
+    [
+        *((name, devices) for name in ("moe-256", "moe-1024-h") for devices in (1, 2, 16)),
+        ("moe-4", 2),  # all experts
+        ("moe-32", 8),  # four on each, so that a token's are rarely together
+        ("moe-32", 7),  # not evenly
+        ("moe-1024-h", 24),  # 16 groups, which are cut
+    ],
+)
 def test_what_is_sent_is_what_tokens_with_experts_drawn_at_random_would_send(name: str, devices: int):
+    """Each rank's tokens are sent once to each other rank that has an expert of theirs."""
     model = recipe(name).model
     assert isinstance(model, MixtureLM)
-    choices = model.gate.k_primary if isinstance(model.gate, HierarchicalGate) else model.k
-    tokens = 8192 // devices
-    device_TC = torch.randint(devices, (200_000, choices))
-    other = torch.arange(1, devices)  # the token itself is on device 0
-    reached = (device_TC[:, :, None] == other).any(dim=1).sum(dim=1).float().mean().item()
-    expected = 4 * tokens * reached * model.width * 2  # there and back, forward and backward; two bytes
+    num_tokens = 20_000
+    if isinstance(model.gate, HierarchicalGate):
+        groups, chosen = model.gate.num_groups, model.gate.k_primary
+        in_group = model.num_experts // groups
+        group_TC = torch.rand(num_tokens, groups).topk(chosen).indices
+        inner_TCK = torch.rand(num_tokens, chosen, in_group).topk(model.k // chosen).indices
+        expert_TK = (group_TC[:, :, None] * in_group + inner_TCK).flatten(1)
+    else:
+        expert_TK = torch.rand(num_tokens, model.num_experts).topk(model.k).indices
+    own = [experts_of(r, num_experts=model.num_experts, num_ranks=devices) for r in range(devices)]
+    device_E = torch.cat([torch.full((len(experts),), rank) for rank, experts in enumerate(own)])
+    home_T1 = torch.arange(num_tokens)[:, None] % devices
+    device_TK = device_E[expert_TK]
+    away_TW = torch.zeros(num_tokens, devices, dtype=torch.bool).scatter(1, device_TK, True)
+    rows = away_TW.scatter(1, home_T1, False).sum() / num_tokens
+    pairs = (device_TK != home_T1).sum() / num_tokens
+    # A row there and back, forward and backward; a pair's number and weight, and its gradient back.
+    expected = -(-8192 // devices) * float(rows * 4 * model.width * 4 + pairs * 12)
     assert laid(name, Machine(devices=devices)).all_to_all_bytes == pytest.approx(expected, rel=0.01)
 
 
@@ -44,6 +65,15 @@ def test_the_gradients_of_copies_travel_in_a_ring_and_those_of_experts_do_not():
     experts = 256 * 2 * 512 * 1024
     assert layout.copied_parameters == counted.parameters - experts
     assert layout.all_reduce_bytes == round(2 * 7 / 8 * 4 * (counted.parameters - experts))
+
+
+def test_words_that_are_spread_are_not_copied():
+    layout = laid("moe-256", Machine(devices=8), spread_words=True)
+    counted = plan(recipe("moe-256").model)
+    experts = 256 * 2 * 512 * 1024
+    tables = 793_471 * (2 * 512 + 1)
+    assert layout.copied_parameters == counted.parameters - experts - tables
+    assert layout.memory < laid("moe-256", Machine(devices=8)).memory - 12 * tables
 
 
 def test_a_step_takes_what_the_roofline_says():

@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from sparsegate.models.layers import Recurrent
+from sparsegate.models.memory import training_memory
+from sparsegate.recipes.registry import recipe
 from sparsegate.training import memory
 from sparsegate.training.checkpoint import latest_checkpoint, load_checkpoint
 from sparsegate.training.config import OptimConfig, RunConfig
 from sparsegate.training.loop import train
 from sparsegate.training.making import with_optimizers
+from sparsegate.training.ranks import Ranks
 from sparsegate.training.run_folder import checkpoints_of
 from sparsegate.training.step import NonFinite, apply_gradient
 from tests.helpers.runs import make_dataset, make_translation_dataset
@@ -196,3 +199,15 @@ def test_a_model_larger_than_what_is_free_is_refused_with_both_figures_before_an
     ):
         train(config, folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_ranks_of_one_machine_share_its_memory_and_take_their_part_each(monkeypatch: pytest.MonkeyPatch):
+    config, ranks = recipe("small-moe-256"), Ranks(rank=1, num_ranks=4, mesh=None)
+    method = replace(memory.method_of(config), devices=4, tokens=256)
+    needed = training_memory(config.model, method).peak
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(memory, "available_memory", lambda device: 2 * needed)
+    memory.require_memory_for(config, ranks)
+    monkeypatch.setattr(memory, "available_memory", lambda device: 2 * needed - 2)
+    with pytest.raises(ValueError, match=r"^model: training it takes about"):
+        memory.require_memory_for(config, ranks)

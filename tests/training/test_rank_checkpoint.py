@@ -91,6 +91,31 @@ def test_a_missing_expert_is_refused_by_its_name(saved_at_4):
         load_checkpoint(saved_at_4)
 
 
+def test_altered_words_are_refused_where_they_are_read(saved_at_4):
+    file = saved_at_4 / "model_words_1_of_4.safetensors"
+    tensors = load_file(file)
+    tensors["softmax.bias"][0] += 1
+    save_file(tensors, file)
+    share = Share(rank=0, num_ranks=4)
+    assert (
+        len(load_checkpoint(saved_at_4, share=share, word_share=share).tensors["model"]["softmax.bias"]) == 3
+    )
+    for word_share in (None, Share(rank=1, num_ranks=4), Share(rank=0, num_ranks=3)):
+        with pytest.raises(ValueError, match="model_words_1_of_4"):
+            load_checkpoint(saved_at_4, word_share=word_share)
+
+
+@pytest.mark.parametrize("alter", [lambda t: t[:1].clone(), lambda t: t[0].clone()], ids=["fewer", "none"])
+def test_missing_words_are_refused_by_the_name_of_their_tensor(alter, saved_at_4):
+    """Also where the manifest was altered with them."""
+    file = saved_at_4 / "model_words_1_of_4.safetensors"
+    tensors = load_file(file)
+    tensors["softmax.bias"] = alter(tensors["softmax.bias"])
+    rewrite(file, tensors)
+    with pytest.raises(ValueError, match=r"softmax\.bias"):
+        load_checkpoint(saved_at_4)
+
+
 @pytest.mark.parametrize("in_manifest", [True, False])
 def test_a_missing_part_is_refused_by_its_experts(in_manifest, saved_at_4):
     (saved_at_4 / "model_part_3_of_4.safetensors").unlink()
@@ -136,7 +161,9 @@ def test_a_group_may_be_parts_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("who", "file"), [(2, "model_part_2"), (0, "optimizer_part_0"), (0, "digests")], ids=str
+    ("who", "file"),
+    [(2, "model_part_2"), (0, "optimizer_part_0"), (0, "digests"), (1, "model_words_1")],
+    ids=str,
 )
 def test_when_one_rank_cannot_write_none_has_saved(who, file, ranks, tmp_path):
     before = Path(ranks.run(save_of_a_rank, 3, str(tmp_path), 7)[0])

@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sparsegate.training.loop import train
 from sparsegate.training.ranks import ranks_of_process
-from sparsegate.training.run_folder import saved_steps
+from sparsegate.training.run_folder import checkpoints_of, saved_steps
 from tests.helpers.rank_runs import (
     assert_alike,
     differently_on_rank,
@@ -123,6 +124,71 @@ def test_a_run_on_ranks_is_the_same_twice_and_goes_on_bit_for_bit(configs, ranks
     )
     ranks.run(train_on_rank, 3, config, str(tmp_path / "cut"), True)
     assert_alike(ended(tmp_path / "cut"), ended(tmp_path / "whole"), tolerance=0)
+
+
+@pytest.mark.parametrize(
+    ("samples", "tables", "num_ranks"),
+    [
+        (0, "adam", 2),
+        pytest.param(0, "adam", 3, marks=pytest.mark.nightly),
+        pytest.param(5, "adam", 2, marks=pytest.mark.nightly),
+        (5, "rows", 3),
+    ],
+)
+def test_a_run_whose_vocabulary_is_spread_is_the_run_of_one_process(
+    samples, tables, num_ranks, configs, ranks, tmp_path
+):
+    """And it goes on with whole tables and from whole tables, and on another number of ranks."""
+    config = configs["language"]
+    whole = replace(
+        config,
+        model=replace(config.model, softmax_samples=samples),
+        optim=replace(config.optim, tables=tables),
+    )
+    spread, half = exact(whole, vocabulary="sharded"), {"steps": STEPS // 2}
+    train(whole, folder=tmp_path / "alone")
+    expected = ended(tmp_path / "alone")
+
+    assert ranks.run(train_on_rank, num_ranks, spread, str(tmp_path / "ranks")) == [""] * num_ranks
+    assert_alike(ended(tmp_path / "ranks"), expected, tolerance=TOLERANCE)
+    checkpoint = checkpoints_of(tmp_path / "ranks") / f"step-{STEPS:08d}"
+    part = load_file(checkpoint / f"model_words_1_of_{num_ranks}.safetensors")
+    whole_bias = expected.tensors["model"]["softmax.bias"]
+    assert part["softmax.bias"].shape == whole_bias[1::num_ranks].shape
+
+    ranks.run(train_on_rank, num_ranks, exact(spread, **half), str(tmp_path / "others"))
+    ranks.run(train_on_rank, 5 - num_ranks, spread, str(tmp_path / "others"), True)
+    assert_alike(ended(tmp_path / "others"), expected, tolerance=TOLERANCE)
+    train(exact(whole, **half), folder=tmp_path / "from_alone")
+    ranks.run(train_on_rank, num_ranks, spread, str(tmp_path / "from_alone"), True)
+    assert_alike(ended(tmp_path / "from_alone"), expected, tolerance=TOLERANCE)
+    ranks.run(train_on_rank, num_ranks, exact(spread, **half), str(tmp_path / "to_alone"))
+    train(whole, folder=tmp_path / "to_alone", resume=True)
+    assert_alike(ended(tmp_path / "to_alone"), expected, tolerance=TOLERANCE)
+
+
+def test_tables_by_rows_are_refused_where_every_rank_has_all_words(configs, ranks, tmp_path):
+    config = configs["language"]
+    config = replace(config, optim=replace(config.optim, tables="rows"))
+    first, second = ranks.run(train_on_rank, 2, config, str(tmp_path / "run"))
+    assert first.startswith("optim.tables (rows): is for one process, or for training.vocabulary sharded")
+    assert second == "told elsewhere"
+
+
+def test_fine_tuning_on_ranks_is_that_of_one_process(configs, ranks, tmp_path):
+    """Each rank takes its own experts out of the other run, and freezes by the names of one process."""
+    config = configs["language"]
+    ranks.run(train_on_rank, 2, exact(config, steps=4), str(tmp_path / "first"))
+    frozen = ("layers.moe.moe.experts.w_in", "softmax.*")
+    tuned = replace(
+        exact(config, steps=6, init_from=str(tmp_path / "first"), freeze=frozen), seed=config.seed + 1
+    )
+    train(tuned, folder=tmp_path / "alone")
+    assert ranks.run(train_on_rank, 3, tuned, str(tmp_path / "ranks")) == [""] * 3
+    found = ended(tmp_path / "ranks")
+    assert_alike(found, ended(tmp_path / "alone"), tolerance=TOLERANCE)
+    before = ended(tmp_path / "first").tensors["model"]["layers.moe.moe.experts.w_in"]
+    assert torch.equal(found.tensors["model"]["layers.moe.moe.experts.w_in"], before)
 
 
 def test_a_signal_to_one_rank_saves_on_all_and_leaves(configs, alone, ranks, tmp_path):

@@ -5,18 +5,20 @@ import math
 import re
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterator, Mapping
-from dataclasses import Field, asdict, fields
+from dataclasses import Field, asdict, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from ..models import FeedForwardLM, MixtureLM, RecurrentLM
-from ..models.memory import BFLOAT16, FLOAT32, Memory, Method, training_memory
+from ..models.memory import Memory, Method, training_memory
+from ..models.translation import Translation
 from ..recipes.cluster import Machine, gibibytes, lay_out, rows_per_expert
 from ..recipes.planner import multiply_adds_per_number, plan
 from ..recipes.registry import RECIPES, recipe
 from ..training.config import RunConfig
+from ..training.dry_run import dry_run
 from ..training.memory import batch_tokens, method_of
 from .verb import Parser, Verb
 
@@ -27,6 +29,7 @@ EXAMPLE = """
 sparsegate plan moe-256
 sparsegate plan moe-32 --model.num-experts 64 --json
 sparsegate plan news-moe-65536-h --devices 64 --memory 80GiB --optim.experts factored
+sparsegate plan news-moe-131072-h --devices 1024 --dry-run
 sparsegate plan moe-4096-h --memory 24GiB --optim.experts factored --optim.in-backward true
 sparsegate plan translation-moe-2048-h
 """
@@ -49,6 +52,12 @@ def quantity(text: str) -> float:
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("name", help=f"recipe: {', '.join(RECIPES)}")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="also make the share of each of --devices ranks, on the meta device: every expert on exactly "
+        "one of them, and bytes as planned",
+    )
     machine = parser.add_argument_group("devices that a language model is laid over (defaults: an H100 SXM)")
     for f in fields(Machine):
         kind = {"devices": int, "efficiency": float}.get(f.name, quantity)
@@ -67,6 +76,8 @@ def config(args: Namespace) -> RunConfig | None:
 
 def run(args: Namespace) -> int:
     model = args.config.model
+    if args.dry_run and (args.devices is None or isinstance(model, Translation)):
+        raise ValueError("--dry-run: needs --devices and a language model; give both")
     counted = plan(model)
     if not isinstance(model, MixtureLM | FeedForwardLM | RecurrentLM):
         for name in (f.name for f in fields(Machine) if getattr(args, f.name) is not None):
@@ -92,10 +103,15 @@ def run(args: Namespace) -> int:
             method,
             batch_tokens=tokens,
             micro_batches=args.config.training.micro_batches,
-            value_bytes=BFLOAT16 if args.config.training.precision == "bfloat16" else FLOAT32,
         )
         parts |= {"machine": asdict(machine), "layout": asdict(layout)}
         tables += [("the machine", _rows(machine)), ("a step of training, on each device", _rows(layout))]
+    if machine is not None and args.dry_run:
+        planned = training_memory(model, replace(method, devices=machine.devices))
+        found = dry_run(args.config, num_ranks=machine.devices)
+        found.require(planned)
+        parts["dry_run"] = asdict(found)
+        tables.append(("a dry run; bytes, as planned, are of the rank that holds most", _rows(found)))
     _print(args, parts, tables)
     if machine is not None and layout is not None:
         layout.require_memory(machine)

@@ -5,6 +5,7 @@ from typing import overload
 import torch
 
 from .config import FeedForwardLM, LanguageModelConfig, MixtureLM
+from .holding import EVERYTHING, Holding
 from .language_model import LanguageModel
 from .layers import Dense, Layer, Mixture, Recurrent
 from .mixture import build_mixture
@@ -18,25 +19,44 @@ ModelConfig = LanguageModelConfig | Translation
 
 @overload
 def build(
-    config: LanguageModelConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    config: LanguageModelConfig,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    holding: Holding = EVERYTHING,
 ) -> LanguageModel: ...
 @overload
 def build(
-    config: Translation, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    config: Translation,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    holding: Holding = EVERYTHING,
 ) -> TranslationModel: ...
 def build(
-    config: ModelConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    config: ModelConfig,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    holding: Holding = EVERYTHING,
 ) -> LanguageModel | TranslationModel:
-    """Build the model, freshly initialised; on the device "meta" without allocating its weights."""
+    """Build the model, freshly initialised; on the device "meta" without allocating its weights.
+
+    holding: what of it is made here. From one state of the generator, every part is what it is in the whole.
+    """
     match config:
         case Translation():
-            return build_translation(config, device=device, dtype=dtype)
+            return build_translation(config, device=device, dtype=dtype, holding=holding)
         case _:
-            return _language_model(config, device=device, dtype=dtype)
+            return _language_model(config, device=device, dtype=dtype, holding=holding)
 
 
 def _language_model(
-    config: LanguageModelConfig, *, device: torch.device | str | None, dtype: torch.dtype | None
+    config: LanguageModelConfig,
+    *,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    holding: Holding,
 ) -> LanguageModel:
 
     def recurrent() -> Recurrent:
@@ -57,8 +77,8 @@ def _language_model(
     layers: dict[str, Layer]
     match config:
         case MixtureLM():
-            mixture = Mixture(build_mixture(config, width=config.width, device=device, dtype=dtype))
-            layers = {"lstm1": recurrent(), "moe": mixture, "lstm2": recurrent()}
+            moe = build_mixture(config, width=config.width, device=device, dtype=dtype, holding=holding)
+            layers = {"lstm1": recurrent(), "moe": Mixture(moe), "lstm2": recurrent()}
         case FeedForwardLM():
             dense = Dense(width=config.width, hidden=config.hidden, device=device, dtype=dtype)
             layers = {"lstm1": recurrent(), "dense": dense, "lstm2": recurrent()}
@@ -71,6 +91,7 @@ def _language_model(
         dropout=config.dropout,
         softmax_samples=config.softmax_samples,
         softmax_cutoffs=cutoffs,
+        holding=holding,
         device=device,
         dtype=dtype,
     )

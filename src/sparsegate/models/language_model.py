@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..moe.routing import Routing
+from .holding import EVERYTHING, Holding, TableOptions
 from .layered import LayeredModel
 from .layers import Layer, LSTMState
-from .softmax import AdaptiveSoftmax, OutputSoftmax, Softmax
+from .softmax import Softmax
 
 State = dict[str, LSTMState]
 
@@ -35,7 +36,7 @@ class LanguageModel(LayeredModel):
 
     layers: by name, in order; the names stand in checkpoints and key the states and routings.
     softmax_samples: words that a step of training tells targets from; 0: all. softmax_cutoffs: of an adaptive
-    softmax, which has no samples; none: a full one.
+    softmax, which has no samples; none: a full one. holding: what is made here.
     """
 
     def __init__(
@@ -47,24 +48,16 @@ class LanguageModel(LayeredModel):
         dropout: float,
         softmax_samples: int = 0,
         softmax_cutoffs: Sequence[int] = (),
+        holding: Holding = EVERYTHING,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(vocab_size, width, device=device, dtype=dtype)
-        nn.init.normal_(self.embedding.weight, std=EMBEDDING_STD)
+        tables = TableOptions(vocab_size=vocab_size, width=width, device=device, dtype=dtype)
+        self.embedding = holding.embedding(tables, std=EMBEDDING_STD)
         self.layers = nn.ModuleDict(layers)
         self.dropout = nn.Dropout(dropout)
-        self.softmax: Softmax
-        if softmax_cutoffs:
-            assert not softmax_samples
-            self.softmax = AdaptiveSoftmax(
-                vocab_size=vocab_size, width=width, cutoffs=softmax_cutoffs, device=device, dtype=dtype
-            )
-        else:
-            self.softmax = OutputSoftmax(
-                vocab_size=vocab_size, width=width, num_samples=softmax_samples, device=device, dtype=dtype
-            )
+        self.softmax: Softmax = holding.softmax(tables, num_samples=softmax_samples, cutoffs=softmax_cutoffs)
 
     def forward(
         self,

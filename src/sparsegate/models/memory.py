@@ -19,7 +19,7 @@ from .language_model import LanguageModel
 from .softmax import Part, Softmax
 
 MEMINFO = Path("/proc/meminfo")
-FLOAT32, BFLOAT16, BOOL, STEP = 4, 2, 1, 8
+FLOAT32, INT32, BFLOAT16, BOOL, STEP = 4, 4, 2, 1, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +31,9 @@ class Method:
     there, so that those of all experts never exist together. sparse_rows: whether the vocabulary's tables
     have gradients for the rows that a batch used alone. recompute: whether the experts' hidden layers are
     computed again in the backward pass instead of kept. devices: over which the experts are spread; the
-    rest is on each of them, and bytes are of one. evaluated_tokens: that evaluation reads at once.
-    saved_copy: whether weights and state are copied beside themselves, to be written while training goes on.
+    rest is on each of them, and bytes are of one. spread_words: whether the vocabulary's tables are spread
+    too. evaluated_tokens: that evaluation reads at once. saved_copy: whether weights and state are copied
+    beside themselves, to be written while training goes on.
     """
 
     tokens: int
@@ -42,6 +43,7 @@ class Method:
     sparse_rows: bool = False
     recompute: bool = False
     devices: int = 1
+    spread_words: bool = False
     evaluated_tokens: int = 1024
     saved_copy: bool = False
 
@@ -74,8 +76,9 @@ def training_memory(config: LanguageModelConfig, method: Method) -> Memory:
     """Bytes that training takes, from the meta device."""
     model = build(config, device="meta")
     stacks = [_local_shape(parameter, method) for parameter in model.expert_parameters()]
-    num_tables = _numel(model.embedding.parameters()) + _numel(model.softmax.parameters())
-    num_others = _numel(model.parameters()) - _numel(model.expert_parameters()) - num_tables
+    whole_tables = _numel(model.embedding.parameters()) + _numel(model.softmax.parameters())
+    num_others = _numel(model.parameters()) - _numel(model.expert_parameters()) - whole_tables
+    num_tables = _of_words(whole_tables, config, method)
     experts = sum(shape.numel() for shape in stacks) * method.expert_bytes
     expert_gradients = _one_of_each(stacks) if method.in_backward else experts
     tables = _table_gradients(config, model.softmax, method)
@@ -84,10 +87,10 @@ def training_memory(config: LanguageModelConfig, method: Method) -> Memory:
         num_others * 2 * FLOAT32 + _table_state(config, model.softmax, method) + _expert_state(stacks, method)
     )
     activations = _activations(config, model, method)
-    softmax = _softmax(config, model.softmax, method.tokens)
+    softmax = _softmax(config, model.softmax, method)
     weights = experts + (num_tables + num_others) * FLOAT32
     # Expert gradients lie in memory that is kept from step to step; others come after the softmax has gone.
-    evaluation = _evaluation(config, model.softmax, method.evaluated_tokens)
+    evaluation = _evaluation(config, model.softmax, method)
     peak = weights + optimizer + expert_gradients
     peak += weights + optimizer if method.saved_copy else 0
     peak += max(other_gradients + evaluation, activations + softmax + tables)
@@ -140,13 +143,24 @@ def _expert_state(stacks: Sequence[torch.Size], method: Method) -> int:
 
 def _table_state(config: LanguageModelConfig, softmax: Softmax, method: Method) -> int:
     """Two moments of every number, or with sparse gradients the first one and eight bytes for each row."""
-    embedding, rest = config.vocab_size * config.width, _numel(softmax.parameters())
+    words = _num_words(config, method)
+    embedding, rest = words * config.width, _of_words(_numel(softmax.parameters()), config, method)
     if not method.sparse_rows:
         return (embedding + rest) * 2 * FLOAT32
-    by_rows = embedding * FLOAT32 + config.vocab_size * 8
+    by_rows = embedding * FLOAT32 + words * 8
     if config.softmax_samples:
-        return 2 * by_rows + config.vocab_size * 2 * FLOAT32
+        return 2 * by_rows + words * 2 * FLOAT32
     return by_rows + rest * 2 * FLOAT32
+
+
+def _num_words(config: LanguageModelConfig, method: Method) -> int:
+    """Whose rows a device has at most."""
+    return -(-config.vocab_size // method.devices) if method.spread_words else config.vocab_size
+
+
+def _of_words(number: int, config: LanguageModelConfig, method: Method) -> int:
+    """What a device has of numbers that all words have together."""
+    return number * _num_words(config, method) // config.vocab_size
 
 
 def _one_of_each(stacks: Sequence[torch.Size]) -> int:
@@ -156,11 +170,13 @@ def _one_of_each(stacks: Sequence[torch.Size]) -> int:
 
 def _table_gradients(config: LanguageModelConfig, softmax: Softmax, method: Method) -> int:
     """Of the embedding, [V, D], and of the softmax."""
-    embedding, rest = config.vocab_size, _numel(softmax.parameters())
+    embedding = words = _num_words(config, method)
+    rest = _of_words(_numel(softmax.parameters()), config, method)
     if method.sparse_rows:
+        # On average a device is asked for as many rows as it asks for.
         embedding = min(embedding, method.tokens)
         if config.softmax_samples:
-            rest = min(config.vocab_size, method.tokens + config.softmax_samples) * (config.width + 1)
+            rest = min(words, method.tokens + config.softmax_samples) * (config.width + 1)
     return (embedding * config.width + rest) * FLOAT32
 
 
@@ -187,11 +203,14 @@ def _mixture(config: MixtureLM, noise_width: int, method: Method) -> int:
     return config.k * (hidden + 2 * config.width) + 16 * noise_width + config.width
 
 
-def _softmax(config: LanguageModelConfig, softmax: Softmax, tokens: int) -> int:
+def _softmax(config: LanguageModelConfig, softmax: Softmax, method: Method) -> int:
     """Log-probabilities, and the most of their gradient and that of the logits; and the candidates' rows."""
+    tokens = method.tokens
     if samples := config.softmax_samples:
         logits = tokens * (4 * samples if is_plain(tokens, samples) else block_words(tokens))
         return (logits + 2 * (tokens + samples) * config.width) * FLOAT32
+    if method.spread_words:
+        return _spread_softmax(config, method, tokens * method.devices)
     kept, most = 0, 0
     for part in softmax.parts():
         num_tokens = round(part.share * tokens)
@@ -204,8 +223,19 @@ def _softmax(config: LanguageModelConfig, softmax: Softmax, tokens: int) -> int:
     return (kept + most) * FLOAT32
 
 
-def _evaluation(config: LanguageModelConfig, softmax: Softmax, tokens: int) -> int:
+def _spread_softmax(config: LanguageModelConfig, method: Method, everywhere: int) -> int:
+    """Of the tokens of all devices: what is received of them, what is sent, and the same of their gradients;
+    and some of the logits.
+    """
+    words = min(block_words(everywhere), _num_words(config, method))
+    return (everywhere * words + (4 * everywhere + words) * config.width) * FLOAT32
+
+
+def _evaluation(config: LanguageModelConfig, softmax: Softmax, method: Method) -> int:
     """Logits and log-probabilities, or some of the logits."""
+    tokens = method.evaluated_tokens
+    if method.spread_words:
+        return _spread_softmax(config, method, tokens)
     whole = [Part(1.0, config.vocab_size, config.width)]
     most = 0
     for part in softmax.parts() if config.softmax_cutoffs else whole:

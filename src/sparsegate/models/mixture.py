@@ -5,11 +5,13 @@ from typing import Literal, Protocol
 
 import torch
 
+from ..moe.experts.experts import Experts
 from ..moe.experts.feed_forward import FeedForward
 from ..moe.experts.swiglu import SwiGLU
 from ..moe.gating.capacity import Capacity
 from ..moe.layer import MoE
 from .gates import GateConfig, build_gate, require_gate
+from .holding import EVERYTHING, Holding
 
 
 class MixtureFields(Protocol):
@@ -52,9 +54,14 @@ def require_mixture(config: MixtureFields, *, where: str) -> None:
 
 
 def build_mixture(
-    config: MixtureFields, *, width: int, device: torch.device | str | None, dtype: torch.dtype | None
+    config: MixtureFields,
+    *,
+    width: int,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    holding: Holding = EVERYTHING,
 ) -> MoE:
-    """The mixture, freshly initialised."""
+    """The mixture, freshly initialised, with those of its experts that are held."""
     gate = build_gate(
         config.gate,
         width=width,
@@ -66,13 +73,17 @@ def build_mixture(
     if config.capacity is not None:
         gate = Capacity(gate, factor=config.capacity, drop=config.drop)
     kind = SwiGLU if config.experts == "swiglu" else FeedForward
-    experts = kind(
-        width=width,
-        hidden=config.hidden,
-        num_experts=config.num_experts,
-        storage=torch.bfloat16 if config.expert_dtype == "bfloat16" else None,
-        recompute=config.recompute,
-        device=device,
-        dtype=dtype,
-    )
-    return MoE(gate=gate, experts=experts)
+
+    def make(own: range) -> Experts:
+        return kind(
+            width=width,
+            hidden=config.hidden,
+            num_experts=config.num_experts,
+            storage=torch.bfloat16 if config.expert_dtype == "bfloat16" else None,
+            recompute=config.recompute,
+            own=own,
+            device=device,
+            dtype=dtype,
+        )
+
+    return MoE(gate=gate, experts=holding.experts(make, config.num_experts))

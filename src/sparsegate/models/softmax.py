@@ -135,30 +135,9 @@ class OutputSoftmax(Softmax):
 
         sample_S: int64, sorted; of a word that was drawn several times the first counts.
         """
-        num_tokens = len(target_T)
         word_N = torch.cat([target_T, sample_S])
         weight_ND, bias_N = F.embedding(word_N, self.weight, sparse=self.sparse), self.bias[word_N]
-        chance_N = log_chance(word_N, num_samples=len(sample_S), vocab_size=len(self.bias))
-        target_logit_T = (hidden_TD * weight_ND[:num_tokens]).sum(dim=1) + bias_N[:num_tokens]
-        is_again_S = F.pad(sample_S[1:] == sample_S[:-1], (1, 0))
-        dtype = torch.promote_types(target_logit_T.dtype, torch.float32)
-        target_logit_T = target_logit_T.to(dtype) - chance_N[:num_tokens].to(dtype)
-        if not is_plain(num_tokens, len(sample_S)):
-            bias_S = bias_N[num_tokens:].to(dtype) - chance_N[num_tokens:].to(dtype)
-            _, sum_T = target_and_logsumexp(
-                hidden_TD,
-                weight_ND[num_tokens:],
-                bias_S.masked_fill(is_again_S, -torch.inf),
-                torch.full_like(target_T, -1),
-            )
-            # A target among the candidates is in their sum already.
-            place_T = torch.searchsorted(sample_S, target_T).clamp_max(len(sample_S) - 1)
-            with_target_T = torch.logaddexp(sum_T, target_logit_T)
-            return torch.where(sample_S[place_T] == target_T, sum_T, with_target_T) - target_logit_T
-        logit_TS = F.linear(hidden_TD, weight_ND[num_tokens:], bias_N[num_tokens:])
-        logit_TS = logit_TS.to(dtype) - chance_N[num_tokens:].to(dtype)
-        logit_TS = logit_TS.masked_fill(is_again_S | (sample_S == target_T[:, None]), -torch.inf)
-        return torch.cat([target_logit_T[:, None], logit_TS], dim=1).logsumexp(dim=1) - target_logit_T
+        return nll_among(hidden_TD, word_N, weight_ND, bias_N, vocab_size=self.vocab_size)
 
     def use_sparse_gradients(self) -> list[nn.Parameter]:
         """The weight, where a step sees a sample of the words."""
@@ -173,6 +152,38 @@ class OutputSoftmax(Softmax):
 
     def trained_ops_per_token(self) -> int:
         return sum(part.num_words * part.width for part in self.parts())
+
+
+def nll_among(
+    hidden_TD: Tensor, word_N: Tensor, weight_ND: Tensor, bias_N: Tensor, *, vocab_size: int
+) -> Tensor:
+    """The sampled loss [T] of the targets, which are the first T words, among the candidates after them.
+
+    weight_ND, bias_N: of the words.
+    """
+    num_tokens = len(hidden_TD)
+    target_T, sample_S = word_N[:num_tokens], word_N[num_tokens:]
+    chance_N = log_chance(word_N, num_samples=len(sample_S), vocab_size=vocab_size)
+    target_logit_T = (hidden_TD * weight_ND[:num_tokens]).sum(dim=1) + bias_N[:num_tokens]
+    is_again_S = F.pad(sample_S[1:] == sample_S[:-1], (1, 0))
+    dtype = torch.promote_types(target_logit_T.dtype, torch.float32)
+    target_logit_T = target_logit_T.to(dtype) - chance_N[:num_tokens].to(dtype)
+    if not is_plain(num_tokens, len(sample_S)):
+        bias_S = bias_N[num_tokens:].to(dtype) - chance_N[num_tokens:].to(dtype)
+        _, sum_T = target_and_logsumexp(
+            hidden_TD,
+            weight_ND[num_tokens:],
+            bias_S.masked_fill(is_again_S, -torch.inf),
+            torch.full_like(target_T, -1),
+        )
+        # A target among the candidates is in their sum already.
+        place_T = torch.searchsorted(sample_S, target_T).clamp_max(len(sample_S) - 1)
+        with_target_T = torch.logaddexp(sum_T, target_logit_T)
+        return torch.where(sample_S[place_T] == target_T, sum_T, with_target_T) - target_logit_T
+    logit_TS = F.linear(hidden_TD, weight_ND[num_tokens:], bias_N[num_tokens:])
+    logit_TS = logit_TS.to(dtype) - chance_N[num_tokens:].to(dtype)
+    logit_TS = logit_TS.masked_fill(is_again_S | (sample_S == target_T[:, None]), -torch.inf)
+    return torch.cat([target_logit_T[:, None], logit_TS], dim=1).logsumexp(dim=1) - target_logit_T
 
 
 class AdaptiveSoftmax(Softmax):

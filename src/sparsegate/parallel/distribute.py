@@ -14,7 +14,7 @@ gradients of one process on the joined batch.
 A mesh of the dimensions "data" and "expert" has several copies of the experts: one for each index of "data".
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -28,7 +28,8 @@ from ..moe.experts.experts import Experts
 from ..moe.layer import MoE
 from .expert_parallel import ExpertParallel
 from .gathered import Gathered
-from .placement import experts_of
+from .holding import HoldingOfRank
+from .vocabulary import ShardedEmbedding, ShardedSoftmax
 
 EXPERT, DATA, NODE = "expert", "data", "node"
 
@@ -52,26 +53,23 @@ def spread_experts(
     ValueError: no MoE in the model, fewer experts than ranks, or another mesh.
     """
     _dimensions(mesh)
-    experts_mesh = mesh[EXPERT]
+    holding = HoldingOfRank(mesh[EXPERT], nodes=nodes, num_pieces=num_pieces)
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     if not layers:
         raise ValueError(f"model ({type(model).__name__}) has no MoE layer whose experts could be spread")
-    spread: dict[Experts, ExpertParallel] = {}
+    spread: dict[Experts, Experts] = {}
     for moe in layers:
-        num_experts = moe.experts.num_experts
-        own = experts_of(
-            experts_mesh.get_local_rank(), num_experts=num_experts, num_ranks=experts_mesh.size()
-        )
         if moe.experts not in spread:  # layers may share theirs
-            spread[moe.experts] = ExpertParallel(
-                experts=moe.experts.part(own.start, own.stop),
-                num_experts=num_experts,
-                mesh=experts_mesh if nodes is None else nodes,
-                num_pieces=num_pieces,
-            )
+            spread[moe.experts] = holding.experts(_parts_of(moe.experts), moe.experts.num_experts)
         moe.experts = spread[moe.experts]
-        if selection == "gathered":
-            moe.gate = Gathered(moe.gate, mesh=experts_mesh).train(moe.training)
+    if selection == "gathered":
+        gather_selection(model, mesh)
+
+
+def gather_selection(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Let gates that select over the batch choose, in training, among the tokens of all ranks of "expert"."""
+    for moe in [module for module in model.modules() if isinstance(module, MoE)]:
+        moe.gate = Gathered(moe.gate, mesh=mesh[EXPERT]).train(moe.training)
 
 
 def in_nodes(mesh: DeviceMesh, *, ranks_per_node: int) -> DeviceMesh:
@@ -100,7 +98,7 @@ def shard_the_rest(model: nn.Module, mesh: DeviceMesh) -> None:
     To have several groups of parameters, call `fully_shard` on parts of the model before, each with
     `ignored_params=set(expert_parameters(model))`.
     """
-    fully_shard(model, mesh=mesh, ignored_params=set(expert_parameters(model)))
+    fully_shard(model, mesh=mesh, ignored_params=set(spread_parameters(model)))
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -117,9 +115,9 @@ def add_up_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
     for parameter in _trained(model):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    experts = set(expert_parameters(model))
-    spread = [p.grad for p in _trained(model) if p in experts]
-    dense = [p.grad for p in _trained(model) if p not in experts]
+    shared_out = set(spread_parameters(model))
+    spread = [p.grad for p in _trained(model) if p in shared_out]
+    dense = [p.grad for p in _trained(model) if p not in shared_out]
     # Dimension by dimension: a sum must be complete before it goes into the next.
     for name in _dimensions(mesh):
         _all_reduce(dense if name == EXPERT else dense + spread, mesh.get_group(name))
@@ -127,16 +125,27 @@ def add_up_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
 
 def gradient_norm(model: nn.Module, mesh: DeviceMesh) -> Tensor:
     """The global norm of the gradients that `add_up_gradients` left, equal on all ranks."""
-    experts = set(expert_parameters(model))
+    shared_out = set(spread_parameters(model))
     with_gradient = [p for p in model.parameters() if p.grad is not None]
-    spread = _squared_norm([p.grad for p in with_gradient if p in experts], mesh)
+    spread = _squared_norm([p.grad for p in with_gradient if p in shared_out], mesh)
     dist.all_reduce(spread, group=mesh.get_group(EXPERT))
-    return (spread + _squared_norm([p.grad for p in with_gradient if p not in experts], mesh)).sqrt()
+    return (spread + _squared_norm([p.grad for p in with_gradient if p not in shared_out], mesh)).sqrt()
 
 
 def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The weights of this rank's experts."""
     return [parameter for experts in _spread(model) for parameter in experts.parameters()]
+
+
+def word_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """This rank's rows of the vocabulary, where these are spread."""
+    tables = (m for m in model.modules() if isinstance(m, ShardedEmbedding | ShardedSoftmax))
+    return [parameter for table in tables for parameter in table.parameters()]
+
+
+def spread_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """All that stands on one rank alone."""
+    return expert_parameters(model) + word_parameters(model)
 
 
 def names_in_one_process(model: nn.Module) -> dict[str, str]:
@@ -152,6 +161,10 @@ def names_in_one_process(model: nn.Module) -> dict[str, str]:
         return name
 
     return {name: in_one_process(name) for name in model.state_dict()}
+
+
+def _parts_of(experts: Experts) -> Callable[[range], Experts]:
+    return lambda own: experts.part(own.start, own.stop)
 
 
 def _inner(module: nn.Module) -> tuple[str, ...]:
@@ -190,6 +203,7 @@ def _all_reduce(tensors: list[Tensor | None], group: dist.ProcessGroup) -> None:
 
 def _squared_norm(gradients: list[Tensor | None], mesh: DeviceMesh) -> Tensor:
     """Of whole gradients, where each rank has a shard as well."""
-    norm = nn.utils.get_total_norm([g for g in gradients if g is not None])
+    values = [g.coalesce().values() if g.is_sparse else g for g in gradients if g is not None]
+    norm = nn.utils.get_total_norm(values)
     whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
     return whole.to(mesh.device_type).square()

@@ -27,6 +27,19 @@ def experts_of(rank: int, *, num_experts: int, num_ranks: int) -> range:
     return split(num_experts, num_ranks)[rank]
 
 
+def words_of(rank: int, *, vocab_size: int, num_ranks: int) -> range:
+    """The words of a rank: every `num_ranks`-th one, as vocabularies are sorted, frequent words first.
+
+    ValueError: fewer words than ranks.
+    """
+    if num_ranks > vocab_size:
+        raise ValueError(
+            f"ranks that share the vocabulary ({num_ranks}) must not exceed its {vocab_size} words; set "
+            "training.vocabulary replicated"
+        )
+    return range(rank, vocab_size, num_ranks)
+
+
 def firsts(number: int, num_parts: int, *, device: torch.device) -> Tensor:
     """The first of each part of a `split`, then `number`: int64 [num_parts + 1]. No copy from the host."""
     part_1 = torch.arange(num_parts + 1, device=device)

@@ -5,11 +5,14 @@ the batch, and holds its own part of the experts. Times are those of a roofline:
 peak rate, weights at the rate of the memory, and traffic at that of the network.
 """
 
+import math
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from ..models import LanguageModelConfig, MixtureLM, build
 from ..models.gates import HierarchicalGate
-from ..models.memory import FLOAT32, Method, training_memory
+from ..models.memory import FLOAT32, INT32, Method, training_memory
+from ..parallel.placement import split
 
 # Forward, backward to the inputs, backward to the weights; a multiply-add is two operations.
 _OPERATIONS_PER_MULTIPLY_ADD = 6
@@ -80,11 +83,8 @@ def lay_out(
     *,
     batch_tokens: int,
     micro_batches: int,
-    value_bytes: int,
 ) -> Layout:
     """A step of `batch_tokens` tokens in all. method: its `tokens` are replaced by what a device reads.
-
-    value_bytes: of each value that travels to an expert and back.
 
     ValueError: there are more devices than tokens.
     """
@@ -94,8 +94,8 @@ def lay_out(
     tokens = -(-batch_tokens // devices)
     method = replace(method, tokens=-(-tokens // micro_batches), devices=devices)
     memory = training_memory(config, method)
-    copied = (memory.tables + memory.others) // FLOAT32
-    sent = _all_to_all_bytes(config, devices, tokens, value_bytes)
+    copied = (memory.others + (0 if method.spread_words else memory.tables)) // FLOAT32
+    sent = _all_to_all_bytes(config, devices, tokens)
     reduced = round(2 * (devices - 1) / devices * copied * FLOAT32)
     seconds = (
         _busiest_flops(config, devices) * tokens / (machine.flops * machine.efficiency),
@@ -151,13 +151,35 @@ def gibibytes(number: float) -> str:
     return f"{number / 2**30:,.1f} GiB" if number >= 2**30 else f"{number / 2**20:,.1f} MiB"
 
 
-def _all_to_all_bytes(config: LanguageModelConfig, devices: int, tokens: int, value_bytes: int) -> int:
-    """There and back, forward and backward, if every device is as likely to have a token's expert."""
+def _all_to_all_bytes(config: LanguageModelConfig, devices: int, tokens: int) -> int:
+    """There and back, forward and backward, and each pair's number and weight there and its gradient back.
+
+    Rows are float32 in any precision, as they are between the layers.
+    """
     if not isinstance(config, MixtureLM):
         return 0
-    gate, choices = config.gate, config.k
-    if isinstance(gate, HierarchicalGate) and gate.num_groups % devices == 0:
-        choices = gate.k_primary  # whole groups stand on a device
-    reached = devices * (1 - (1 - 1 / devices) ** choices)
-    elsewhere = reached * (devices - 1) / devices
-    return round(4 * tokens * elsewhere * config.width * value_bytes)
+    elsewhere = (devices - 1) / devices
+    rows = tokens * _devices_reached(config, devices) * elsewhere
+    pairs = tokens * config.k * elsewhere
+    return round(4 * rows * config.width * FLOAT32 + pairs * (INT32 + 2 * FLOAT32))
+
+
+def _devices_reached(config: MixtureLM, devices: int) -> float:
+    """How many devices have an expert of a token, if all sets of experts that a gate may choose are alike.
+
+    From the chance that a device has none of them: in each chosen group of experts (a flat gate has one) all
+    of a token's are among those that stand elsewhere.
+    """
+    gate = config.gate
+    num_groups, chosen = (gate.num_groups, gate.k_primary) if isinstance(gate, HierarchicalGate) else (1, 1)
+    in_group, k = config.num_experts // num_groups, config.k // chosen
+    reached = 0.0
+    for own in split(config.num_experts, devices):
+        here = Counter(expert // in_group for expert in own)
+        # By the number of groups chosen so far, sums over all ways to choose them; then over groups here.
+        missed = [float(math.comb(num_groups - len(here), number)) for number in range(chosen + 1)]
+        for overlap in here.values():
+            none = math.comb(in_group - overlap, k) / math.comb(in_group, k)
+            missed = [after + none * before for after, before in zip(missed, [0.0, *missed], strict=False)]
+        reached += 1 - missed[chosen] / math.comb(num_groups, chosen)
+    return reached

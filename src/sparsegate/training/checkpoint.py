@@ -17,7 +17,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .parts import DIGESTS, Share, is_part, read_parts
+from .parts import DIGESTS, Share, group_of, is_part, read_parts, read_words
 from .storage import (
     REPLACED,
     RETIRED,
@@ -176,13 +176,15 @@ def load_checkpoint(
     path: Path,
     *,
     share: Share | None = None,
+    word_share: Share | None = None,
     only: Collection[str] | None = None,
     targets: Mapping[str, Targets] | None = None,
 ) -> Checkpoint:
     """Everything in a checkpoint, after each of its digests has been verified.
 
     What ranks wrote in parts is put together as one process has it, with all experts. share: only these of
-    the experts, out of a checkpoint that ranks wrote; one of a single process is given out whole.
+    the experts, out of a checkpoint that ranks wrote; one of a single process is given out whole. word_share:
+    the same of the words of a vocabulary that was spread.
 
     only: files whose tensors are wanted; others are proved, and none of them is kept. None: all.
 
@@ -224,7 +226,15 @@ def load_checkpoint(
             share,
             into,
         )
-        for group, stacked in parts.items():
+        words = read_words(
+            [stem for stem in stems if only is None or group_of(stem) in only],
+            lambda stem, places: read_file(
+                path / (stem + _ENDING), _reader_into(places), expected=stems[stem]
+            ),
+            word_share,
+            into,
+        )
+        for group, stacked in [*parts.items(), *words.items()]:
             tensors[group] = tensors.get(group, {}) | stacked
     except ValueError as error:
         raise ValueError(f"{error}; {_CURE}") from error

@@ -173,6 +173,11 @@ class TrainingConfig:
         "computed; batches of experts are smaller by as much",
         1,
     )
+    vocabulary: Literal["replicated", "sharded"] = option(
+        "on several processes, whether each has the whole embedding and softmax of a language model, or a "
+        "share of their words",
+        "replicated",
+    )
     timeout: float = option(
         "seconds that a process waits for the others, before all end and can be started again", 100.0
     )
@@ -273,6 +278,8 @@ class RunConfig:
     def _require_translation(self) -> None:
         tables = self.optim.tables
         require(tables == "adam", "optim.tables", tables, "adam with a translation model")
+        words = self.training.vocabulary
+        require(words == "replicated", "training.vocabulary", words, "replicated with a translation model")
         kind, smoothing = self.batches.kind, self.losses.label_smoothing
         require(kind == "parallel", "batches.kind", kind, "parallel with a translation model")
         require(

@@ -3,13 +3,11 @@
 import json
 from pathlib import Path
 
-from torch import nn
-
 from ..data import load_vocabulary
 from .checkpoint import load_checkpoint
 from .overrides import to_json
 from .run_folder import VOCABULARY, RunDataset, read_run_config
-from .state import load_weights
+from .state import TrainState
 from .weights import export_weights
 from .weights import load_weights as read_exported
 
@@ -36,8 +34,8 @@ def export(run: Path, checkpoint: Path, output: Path) -> None:
     export_weights(output, loaded.tensors["model"], metadata)
 
 
-def import_into(model: nn.Module, file: Path, dataset: RunDataset) -> None:
-    """Copy the weights of an exported file into a model of one process.
+def import_into(state: TrainState, file: Path, dataset: RunDataset) -> None:
+    """Take over the weights of an exported file; of experts and words the rank's own.
 
     ValueError: it is damaged, or of another model or another vocabulary than the dataset's.
     """
@@ -46,4 +44,4 @@ def import_into(model: nn.Module, file: Path, dataset: RunDataset) -> None:
         raise ValueError(
             f"{file}: is of another vocabulary than the dataset; prepare the dataset with that of the run"
         )
-    load_weights(model, tensors, where=str(file))
+    state.take_weights(tensors, where=str(file))

@@ -15,7 +15,7 @@ from .checkpoint import delete_others
 from .config import RunConfig
 from .exporting import import_into
 from .lock import run_lock
-from .making import make_state, over_ranks, resolve_device, start_from
+from .making import make_state, resolve_device, start_from
 from .memory import require_memory_for
 from .missing import naming_the_missing
 from .rank_checkpoint import latest_on_ranks
@@ -132,14 +132,13 @@ class Run:
         self.config = task.config
         self.folder = folder
         self.reporter = reporter
-        self.state = make_state(self.config)
+        self.ranks = ranks
+        self.state = make_state(self.config, ranks)
         task.require_measurable(self.state.model)
         if self.config.training.init_from and not saved_steps(folder):
             source = Path(self.config.training.init_from)
             start = import_into if source.is_file() else start_from
-            start(self.state.model, source, task.dataset)
-        self.ranks = ranks
-        self.state = over_ranks(self.state, self.config, ranks)
+            start(self.state, source, task.dataset)
         self.saved: list[int] = []
         self.pointed_at = 0  # by the folder, as the best step; 0: no step
         self.writer = Background()

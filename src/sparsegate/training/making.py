@@ -11,45 +11,51 @@ from torch import nn
 from ..models import LayeredModel, build
 from ..optim.factored import FactoredAdam
 from ..optim.rows import RowAdam
-from ..parallel.distribute import spread_experts
-from .checkpoint import checkpoint_name, latest_checkpoint, load_checkpoint
+from ..parallel.distribute import gather_selection, names_in_one_process
+from ..parallel.holding import HoldingOfRank
+from .checkpoint import checkpoint_name, latest_checkpoint
 from .config import RunConfig
 from .noise import Draw, derived_seed
-from .ranks import Ranks
+from .ranks import ALONE, Ranks
 from .run_folder import RunDataset, checkpoints_of, read_best, read_run_config, read_vocabulary
-from .state import TrainState, into_weights, load_weights
+from .state import TrainState
 
 
-def make_state(config: RunConfig) -> TrainState:
-    """A fresh model with the weights that the seed gives, and its optimizers."""
-    torch.manual_seed(derived_seed(Draw.WEIGHTS, config.seed))
-    model = build(config.model).to(resolve_device(config.training.device))
-    model.train()
-    freeze(model, config.training.freeze)
-    if not config.training.init_from:
-        require_trainable_thresholds(model)
-    return with_optimizers(model, config)
-
-
-def over_ranks(state: TrainState, config: RunConfig, ranks: Ranks) -> TrainState:
-    """The fresh state with this rank's experts alone.
+def make_state(config: RunConfig, ranks: Ranks = ALONE) -> TrainState:
+    """A fresh model with the weights that the seed gives, and its optimizers; of experts the rank's own.
 
     ValueError: fewer experts than ranks, or options that are for one process.
     """
+    model = make_model(config, ranks, device=resolve_device(config.training.device))
+    freeze(model, config.training.freeze)
+    if not config.training.init_from:
+        require_trainable_thresholds(model)
+    return replace(with_optimizers(model, config), ranks=ranks)
+
+
+def make_model(config: RunConfig, ranks: Ranks, *, device: torch.device) -> LayeredModel:
+    """What the rank holds of a fresh model: nothing else is ever allocated."""
+    torch.manual_seed(derived_seed(Draw.WEIGHTS, config.seed))
+    given_on = torch.device("meta" if device.type == "meta" else "cpu")  # the same weights on every device
     if ranks.mesh is None:
-        return state
-    for name, value in (("in-backward", config.optim.in_backward), ("tables", config.optim.tables == "rows")):
-        if value:
-            raise ValueError(f"optim.{name}: is for one process; leave it out, or start without torchrun")
-    if state.model.has_mixtures():
-        spread_experts(
-            state.model,
-            ranks.mesh,
-            selection=config.training.selection,
-            nodes=ranks.nodes,
-            num_pieces=config.training.exchange_pieces,
+        return build(config.model, device=given_on).to(device).train()
+    shares_words = config.training.vocabulary == "sharded"
+    if config.optim.in_backward:
+        raise ValueError("optim.in-backward: is for one process; leave it out, or start without torchrun")
+    if config.optim.tables == "rows" and not shares_words:
+        raise ValueError(
+            "optim.tables (rows): is for one process, or for training.vocabulary sharded; set the latter"
         )
-    return replace(with_optimizers(state.model, config), ranks=ranks)
+    holding = HoldingOfRank(
+        ranks.mesh,
+        nodes=ranks.nodes,
+        num_pieces=config.training.exchange_pieces,
+        shares_words=shares_words,
+    )
+    model = build(config.model, device=given_on, holding=holding).to(device)
+    if config.training.selection == "gathered":
+        gather_selection(model, ranks.mesh)
+    return model.train()
 
 
 def with_optimizers(model: LayeredModel, config: RunConfig) -> TrainState:
@@ -61,7 +67,8 @@ def with_optimizers(model: LayeredModel, config: RunConfig) -> TrainState:
     others = {*experts, *tables}
     optimizers: list[torch.optim.Optimizer] = []
     if dense := [p for p in _trained(model.parameters()) if p not in others]:
-        optimizers.append(torch.optim.Adam(dense, lr=rate, betas=betas, eps=eps, fused=True))
+        fused = not dense[0].is_meta  # there is no such form of it
+        optimizers.append(torch.optim.Adam(dense, lr=rate, betas=betas, eps=eps, fused=fused))
     if tables:
         optimizers.append(RowAdam(tables, lr=rate, beta1=optim.beta1, beta2=optim.beta2, eps=eps))
     factored = None
@@ -89,13 +96,14 @@ def resolve_device(device: str) -> torch.device:
 
 def freeze(model: LayeredModel, patterns: tuple[str, ...]) -> None:
     """Leave parameters whose names match as they are. ValueError where one matches none, or all match."""
-    names = [name for name, _ in model.named_parameters()]
+    in_one_process = names_in_one_process(model)
+    names = [in_one_process[name] for name, _ in model.named_parameters()]
     for pattern in patterns:
         if not any(fnmatch(name, pattern) for name in names):
             raise ValueError(
                 f"training.freeze ({pattern}): no parameter has this name; there are {', '.join(names)}"
             )
-    for name, parameter in model.named_parameters():
+    for name, parameter in zip(names, model.parameters(), strict=True):
         parameter.requires_grad_(not any(fnmatch(name, pattern) for pattern in patterns))
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"training.freeze ({', '.join(patterns)}): nothing is left to train; freeze less")
@@ -111,8 +119,8 @@ def require_trainable_thresholds(model: LayeredModel) -> None:
             )
 
 
-def start_from(model: LayeredModel, run: Path, dataset: RunDataset) -> None:
-    """Copy the weights of another run: its best checkpoint, or the newest where none has been evaluated.
+def start_from(state: TrainState, run: Path, dataset: RunDataset) -> None:
+    """Take over the weights of another run: its best checkpoint, or the newest where none has been evaluated.
 
     ValueError: it is no run, has no checkpoint, another model, or another vocabulary than the dataset.
     """
@@ -122,5 +130,4 @@ def start_from(model: LayeredModel, run: Path, dataset: RunDataset) -> None:
     path = checkpoints / checkpoint_name(best) if best is not None else latest_checkpoint(checkpoints)
     if path is None:
         raise ValueError(f"training.init-from ({run}): has no checkpoint; train it first")
-    stored = load_checkpoint(path, only=["model"], targets={"model": into_weights(model)})
-    load_weights(model, stored.tensors["model"], where=str(path))
+    state.load_weights(path)

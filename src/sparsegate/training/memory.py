@@ -1,5 +1,8 @@
 """What a run takes of memory, asked before any of it is taken."""
 
+import os
+from dataclasses import replace
+
 from ..models import MixtureLM, build
 from ..models.memory import BFLOAT16, FLOAT32, Method, available_memory, require_memory
 from ..models.translation import Translation
@@ -10,13 +13,18 @@ from .ranks import ALONE, Ranks
 
 def require_memory_for(config: RunConfig, ranks: Ranks = ALONE) -> None:
     """ValueError, with both figures, for a model that cannot be trained in what is free."""
-    available = available_memory(resolve_device(config.training.device))
+    device = resolve_device(config.training.device)
+    available = available_memory(device)
     if available is None:
         return
+    if device.type == "cpu":
+        available //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # the ranks of a machine share its memory
     if isinstance(config.model, Translation):
         _require_state(config, config.model, ranks.num_ranks, available)
     else:
-        require_memory(config.model, method_of(config), available=available)
+        method = method_of(config)
+        method = replace(method, tokens=-(-method.tokens // ranks.num_ranks), devices=ranks.num_ranks)
+        require_memory(config.model, method, available=available)
 
 
 def _require_state(config: RunConfig, translation: Translation, num_ranks: int, available: int) -> None:
@@ -44,6 +52,7 @@ def method_of(config: RunConfig) -> Method:
         expert_bytes=BFLOAT16 if "bfloat16" in model.expert_dtypes() else FLOAT32,
         in_backward=optim.in_backward,
         sparse_rows=optim.tables == "rows",
+        spread_words=config.training.vocabulary == "sharded",
         recompute=isinstance(model, MixtureLM) and model.recompute,
         # Of a GPU's memory, the copy is in the host's.
         saved_copy=config.training.background_saves and resolve_device(config.training.device).type == "cpu",

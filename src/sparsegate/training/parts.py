@@ -1,10 +1,15 @@
-"""The experts of a checkpoint that several ranks wrote: a file of each rank's, a digest for each expert.
+"""What of a checkpoint several ranks wrote: a file of each rank's experts, a digest for each expert.
 
     model_part_0_of_4.safetensors  model_part_1_of_4.safetensors  ...  digests.safetensors
 
 A part has the rows that its rank had of every tensor whose first axis is experts, under the names of the
 whole tensors. The digests are SHA-256, one for each row of each tensor. Loading takes the rows it wants from
 the parts that have them, whatever the number of ranks was and is, and proves each row by its digest.
+
+    model_words_0_of_4.safetensors  ...
+
+Where the vocabulary is spread, these have each rank's words of every tensor whose first axis is words. They
+are proved as whole files.
 """
 
 import hashlib
@@ -21,12 +26,13 @@ from .tensor_file import Targets
 DIGESTS = "digests"
 
 Tensors = dict[str, Tensor]
-_PART = re.compile(r"([a-z][a-z0-9_]*)_part_([0-9]+)_of_([0-9]+)")
+_EXPERTS, _WORDS = "part", "words"
+_PART = re.compile(rf"([a-z][a-z0-9_]*)_({_EXPERTS}|{_WORDS})_([0-9]+)_of_([0-9]+)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """Which of the experts are wanted: those of `rank` among `num_ranks`."""
+    """Which of the experts or words are wanted: those of `rank` among `num_ranks`."""
 
     rank: int
     num_ranks: int
@@ -35,14 +41,25 @@ class Share:
         return experts_of(self.rank, num_experts=num_experts, num_ranks=self.num_ranks)
 
 
-def part_name(group: str, share: Share) -> str:
+def part_name(group: str, share: Share, *, kind: str = _EXPERTS) -> str:
     """The name of a file of parts, without its ending."""
-    return f"{group}_part_{share.rank}_of_{share.num_ranks}"
+    return f"{group}_{kind}_{share.rank}_of_{share.num_ranks}"
+
+
+def words_name(group: str, share: Share) -> str:
+    """The name of a file of words, without its ending."""
+    return part_name(group, share, kind=_WORDS)
 
 
 def is_part(name: str) -> bool:
     """Whether a file is one of parts, by its name without the ending."""
     return _PART.fullmatch(name) is not None
+
+
+def group_of(name: str) -> str:
+    """What a file is of, by its name without the ending."""
+    match = _PART.fullmatch(name)
+    return name if match is None else match[1]
 
 
 def digests_of(tensor: Tensor) -> Tensor:
@@ -77,7 +94,7 @@ def read_parts(
         all_rows = {name: range(len(digest)) for name, digest in wanted.items()}
         rows = all_rows if share is None else {name: share.of(len(r)) for name, r in all_rows.items()}
         found[group] = {}
-        for part in _files_of(group, names):
+        for part in _files_of(group, names, _EXPERTS):
             have = {name: part.of(len(digest)) for name, digest in wanted.items()}
             want = {name: _overlap(have[name], rows[name]) for name in wanted}
             if not any(want.values()):
@@ -128,6 +145,53 @@ def _places(described: Mapping[str, Tensor], rows: Mapping[str, range], targets:
     }
 
 
+def read_words(
+    names: Iterable[str],
+    read: Callable[[str, Targets | None], Tensors],
+    share: Share | None,
+    targets: Mapping[str, Targets],
+) -> dict[str, Tensors]:
+    """The wanted rows of all tensors whose first axis is words, by group and name; None: all of them.
+
+    names: of the files, without endings. read: reads a file of a name, whose bytes are all right, into what
+    it is told. targets: by group, what the wanted rows are to be in. Those that another number of ranks wrote
+    are beside them first.
+
+    ValueError: words are missing.
+    """
+    names = [name for name in names if (match := _PART.fullmatch(name)) and match[2] == _WORDS]
+    found: dict[str, Tensors] = {}
+    for group in dict.fromkeys(group_of(name) for name in names):
+        parts, into = _files_of(group, names, _WORDS), targets.get(group)
+        if share is not None and share.num_ranks == len(parts):
+            found[group] = read(words_name(group, share), into)
+            continue
+        pieces: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for part in parts:
+            for name, rows in read(words_name(group, part), None).items():
+                if not rows.dim():
+                    raise ValueError(f"{words_name(group, part)}: {name} has no words")
+                word_N = part.rank + part.num_ranks * torch.arange(len(rows))
+                if share is not None:
+                    is_wanted_N = word_N % share.num_ranks == share.rank
+                    word_N, rows = word_N[is_wanted_N], rows[is_wanted_N]
+                pieces.setdefault(name, []).append((word_N, rows))
+        found[group] = {name: _in_order(name, own, share) for name, own in pieces.items()}
+        for name, place in ({} if into is None else into(found[group])).items():
+            found[group][name] = place.detach().copy_(found[group][name])
+    return found
+
+
+def _in_order(name: str, pieces: list[tuple[Tensor, Tensor]], share: Share | None) -> Tensor:
+    """The rows in the order of their words, which are all there."""
+    words = torch.cat([word_N for word_N, _ in pieces])
+    word_N, order_N = words.sort()
+    first, step = (0, 1) if share is None else (share.rank, share.num_ranks)
+    if not torch.equal(word_N, first + step * torch.arange(len(word_N))):
+        raise ValueError(f"words of {name} are missing")
+    return torch.cat([rows for _, rows in pieces])[order_N]
+
+
 def _read_part(
     file: str, have: dict[str, range], digests: Mapping[str, Tensor], read: Callable[[str], Tensors]
 ) -> Tensors:
@@ -157,11 +221,12 @@ def _by_group(digests: Mapping[str, Tensor]) -> dict[str, Tensors]:
     return groups
 
 
-def _files_of(group: str, names: Iterable[str]) -> list[Share]:
+def _files_of(group: str, names: Iterable[str], kind: str) -> list[Share]:
     """The parts of a group, in the order of the ranks that wrote them."""
-    matches = [match for name in names if (match := _PART.fullmatch(name)) and match[1] == group]
-    parts = sorted(int(match[2]) for match in matches)
-    if not parts or {int(match[3]) for match in matches} != {len(parts)} or parts != [*range(len(parts))]:
+    matches = [match for name in names if (match := _PART.fullmatch(name))]
+    matches = [match for match in matches if (match[1], match[2]) == (group, kind)]
+    parts = sorted(int(match[3]) for match in matches)
+    if not parts or {int(match[4]) for match in matches} != {len(parts)} or parts != [*range(len(parts))]:
         raise ValueError(f"the parts of {group} are not complete: there are {len(parts)}")
     return [Share(rank=part, num_ranks=len(parts)) for part in parts]
 

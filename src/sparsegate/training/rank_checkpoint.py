@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import WriteFiles, candidates, checkpoint_name, newest_whole, save_checkpoint, verify
-from .parts import DIGESTS, Share, digests_of, part_name
+from .parts import DIGESTS, Share, digests_of, part_name, words_name
 from .ranks import Ranks
 from .storage import UNFINISHED, CannotSave, FileDigest, write_file
 from .strict_json import Json
@@ -42,6 +42,7 @@ def save_on_ranks(
     step: int,
     tensors: Groups,
     stacked: Groups,
+    words: Groups,
     state: Mapping[str, Json],
     keep: Collection[int],
     ranks: Ranks,
@@ -51,6 +52,7 @@ def save_on_ranks(
     Args:
         tensors: equal on all ranks; the first one writes them.
         stacked: by file and name, tensors whose first axis is this rank's experts; the same names everywhere.
+        words: the same of tensors whose first axis is this rank's words, where the vocabulary is spread.
         ranks: that write together.
 
     Raises:
@@ -60,16 +62,18 @@ def save_on_ranks(
     if not ranks.is_first:
         try:
             _go_on(ranks)
-            _write(target.with_name(UNFINISHED + target.name), stacked, dict, ranks)
+            _write(target.with_name(UNFINISHED + target.name), stacked, words, dict, ranks)
             _go_on(ranks)
         except _Agreed as error:
-            needed = sum(tensor.nbytes for part in stacked.values() for tensor in part.values())
+            needed = sum(
+                tensor.nbytes for part in (*stacked.values(), *words.values()) for tensor in part.values()
+            )
             raise CannotSave(target, needed=needed, cause=error) from error
         return target
 
     def write_together(temporary: Path, write_common: WriteFiles) -> dict[str, FileDigest]:
         _go_on(ranks)
-        files, digests = _write(temporary, stacked, write_common, ranks)
+        files, digests = _write(temporary, stacked, words, write_common, ranks)
         encoded = encode_tensors(digests, name=DIGESTS)
         return {**files, f"{DIGESTS}.safetensors": write_file(_file(temporary, DIGESTS), encoded.chunks())}
 
@@ -86,7 +90,7 @@ def save_on_ranks(
 
 
 def _write(
-    folder: Path, stacked: Groups, write_common: WriteFiles, ranks: Ranks
+    folder: Path, stacked: Groups, words: Groups, write_common: WriteFiles, ranks: Ranks
 ) -> tuple[dict[str, FileDigest], dict[str, Tensor]]:
     """All ranks at once, each its parts; what all of them wrote, and the digests of all experts.
 
@@ -98,11 +102,12 @@ def _write(
 
     def write_own() -> None:
         written = write_common()
+        named = {part_name(group, share): part for group, part in stacked.items()}
+        named |= {words_name(group, share): part for group, part in words.items() if part}
+        for name, part in named.items():
+            encoded = encode_tensors(part, name=name)
+            written[f"{name}.safetensors"] = write_file(_file(folder, name), encoded.chunks())
         for group, part in stacked.items():
-            name = part_name(group, share)
-            written[f"{name}.safetensors"] = write_file(
-                _file(folder, name), encode_tensors(part, name=name).chunks()
-            )
             own_digests.update({f"{group}/{each}": digests_of(tensor) for each, tensor in part.items()})
         for name, digest in written.items():
             own[name] = {"size": digest.size, "sha256": digest.sha256}

@@ -1,6 +1,6 @@
 """What changes while a run goes on, and its way into a checkpoint and back."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..models import LayeredModel
 from ..optim.factored import ON_CPU, FactoredAdam
-from ..parallel.distribute import names_in_one_process
+from ..parallel.distribute import names_in_one_process, word_parameters
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from .overrides import from_json
 from .parts import Share
@@ -66,17 +66,16 @@ class TrainState:
         }
         weights = weights_of(self.model)
         optimizer = _optimizer_tensors(self.model, self.optimizers)
-        # One process writes its experts among the rest.
-        experts = {} if self.ranks.mesh is None else _expert_names(self.model)
-        own_weights, common_weights = _divide(weights, lambda name: name in experts)
-        own_state, common_state = _divide(
-            optimizer, lambda path: path.rpartition("/")[0] in experts and optimizer[path].dim() > 0
-        )
-        common = {"model": common_weights, "optimizer": common_state, "state": carried}
+        groups = {
+            "model": self._divide(weights, of=lambda name: name),
+            "optimizer": self._divide(optimizer, of=lambda path: path.rpartition("/")[0]),
+        }
+        common = {group: common for group, (_, _, common) in groups.items()} | {"state": carried}
         return Snapshot(
             step=self.progress.step,
             common=common if self.ranks.is_first else {},
-            stacked={"model": own_weights, "optimizer": own_state},
+            stacked={group: experts for group, (experts, _, _) in groups.items()},
+            words={group: words for group, (_, words, _) in groups.items()},
             state=asdict(self.progress),
         )
 
@@ -85,21 +84,21 @@ class TrainState:
 
         Weights are read into the model's own memory. ValueError: the state is then not to be used.
         """
-        share = (
-            None if self.ranks.mesh is None else Share(rank=self.ranks.rank, num_ranks=self.ranks.num_ranks)
-        )
-        targets = {"model": into_weights(self.model)}
-        self.restore(self.ranks.however_long(lambda: load_checkpoint(path, share=share, targets=targets)))
+        self.restore(self.ranks.however_long(lambda: self._read(path)))
+
+    def load_weights(self, path: Path) -> None:
+        """Take over the weights of a checkpoint, and nothing else."""
+        self.take_weights(self._read(path, only=["model"]).tensors["model"], where=str(path))
+
+    def take_weights(self, tensors: dict[str, Tensor], *, where: str) -> None:
+        """Take over weights of all experts and words, or of this rank's; see `load_weights`."""
+        load_weights(self.model, self._own_rows(tensors, of=lambda name: name), where=where)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Become the state that was saved, bit for bit."""
         device = self.model.softmax.device
-        experts = _expert_names(self.model)
-        weights = self._own_rows(checkpoint.tensors["model"], experts, of=lambda name: name)
-        load_weights(self.model, weights, where="checkpoint")
-        optimizer = self._own_rows(
-            checkpoint.tensors["optimizer"], experts, of=lambda path: path.rpartition("/")[0]
-        )
+        self.take_weights(checkpoint.tensors["model"], where="checkpoint")
+        optimizer = self._own_rows(checkpoint.tensors["optimizer"], of=lambda path: path.rpartition("/")[0])
         _load_optimizer_tensors(self.model, self.optimizers, optimizer)
         self.carried = {}
         carried = checkpoint.tensors["state"]
@@ -109,33 +108,73 @@ class TrainState:
             self.carried[name] = (h, c)
         self.progress = from_json(Progress, checkpoint.state)
 
-    def _own_rows(
-        self, tensors: dict[str, Tensor], experts: dict[str, int], *, of: Callable[[str], str]
-    ) -> dict[str, Tensor]:
-        """What one process wrote, or another layout, cut to this rank's experts."""
+    def _read(self, path: Path, *, only: Collection[str] | None = None) -> Checkpoint:
+        """Of experts, and of words where they are spread, this rank's. only: see `load_checkpoint`."""
+        share = (
+            None if self.ranks.mesh is None else Share(rank=self.ranks.rank, num_ranks=self.ranks.num_ranks)
+        )
+        return load_checkpoint(
+            path,
+            share=share,
+            word_share=share if word_parameters(self.model) else None,
+            only=only,
+            targets={"model": into_weights(self.model)},
+        )
+
+    def _divide(
+        self, tensors: dict[str, Tensor], *, of: Callable[[str], str]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """Those of experts, those of words that are spread, and what every rank has.
+
+        of: the name of the parameter that a tensor belongs to.
+        """
+        if self.ranks.mesh is None:
+            return {}, {}, tensors  # one process writes its experts among the rest
+        experts = _names_of(self.model, self.model.expert_parameters())
+        words = _names_of(self.model, word_parameters(self.model))
+
+        def kind(name: str, tensor: Tensor) -> int:
+            return 2 if not tensor.dim() else 0 if of(name) in experts else 1 if of(name) in words else 2
+
+        first, second, third = ({n: t for n, t in tensors.items() if kind(n, t) == k} for k in range(3))
+        return first, second, third
+
+    def _own_rows(self, tensors: dict[str, Tensor], *, of: Callable[[str], str]) -> dict[str, Tensor]:
+        """What one process wrote, or another layout, cut to this rank's experts and words."""
+        experts = _names_of(self.model, self.model.expert_parameters())
+        words = _names_of(self.model, word_parameters(self.model))
         share = Share(rank=self.ranks.rank, num_ranks=self.ranks.num_ranks)
 
         def cut(name: str, tensor: Tensor) -> Tensor:
-            if of(name) not in experts or not tensor.dim() or len(tensor) == experts[of(name)]:
+            own = (experts | words).get(of(name))
+            if own is None or not tensor.dim() or len(tensor) == own:
                 return tensor
-            own = share.of(len(tensor))
-            return tensor[own.start : own.stop].clone()
+            if of(name) in words:
+                return tensor[share.rank :: share.num_ranks].clone()
+            rows = share.of(len(tensor))
+            return tensor[rows.start : rows.stop].clone()
 
         return {name: cut(name, tensor) for name, tensor in tensors.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """What a checkpoint is written of. common: what the first rank writes. stacked: this rank's experts."""
+    """What a checkpoint is written of.
+
+    common: what the first rank writes. stacked: this rank's experts. words: its words, where they are spread.
+    """
 
     step: int
     common: dict[str, dict[str, Tensor]]
     stacked: dict[str, dict[str, Tensor]]
+    words: dict[str, dict[str, Tensor]]
     state: Mapping[str, Json]
 
     def copy(self) -> "Snapshot":
         """One that stays as it is while training goes on, in the host's memory."""
-        return replace(self, common=_copies(self.common), stacked=_copies(self.stacked))
+        return replace(
+            self, common=_copies(self.common), stacked=_copies(self.stacked), words=_copies(self.words)
+        )
 
     def write(self, directory: Path, *, keep: Collection[int], ranks: Ranks) -> Path:
         """The checkpoint, by all ranks together; see `save_checkpoint` and `save_on_ranks`."""
@@ -148,6 +187,7 @@ class Snapshot:
             step=self.step,
             tensors=self.common,
             stacked=self.stacked,
+            words=self.words,
             state=self.state,
             keep=keep,
             ranks=ranks,
@@ -238,15 +278,10 @@ def _load_optimizer_tensors(
                 }
 
 
-def _expert_names(model: LayeredModel) -> dict[str, int]:
-    """Names in one process of the weights of experts, and how many of them are here."""
-    names, experts = names_in_one_process(model), set(model.expert_parameters())
-    return {names[name]: len(p) for name, p in model.named_parameters() if p in experts}
-
-
-def _divide(tensors: dict[str, Tensor], is_first: Callable[[str], bool]) -> tuple[dict[str, Tensor], ...]:
-    """Those whose names are of the first kind, and the others."""
-    return tuple({n: t for n, t in tensors.items() if is_first(n) is kind} for kind in (True, False))
+def _names_of(model: LayeredModel, parameters: Iterable[torch.nn.Parameter]) -> dict[str, int]:
+    """Names in one process of some parameters, and how many experts or words of them are here."""
+    names, wanted = names_in_one_process(model), set(parameters)
+    return {names[name]: len(p) for name, p in model.named_parameters() if p in wanted}
 
 
 def _step_on_device(optimizer: torch.optim.Optimizer) -> bool:

@@ -4,6 +4,7 @@ from typing import Any, TypedDict
 
 import torch
 
+from ..holding import EVERYTHING, Holding
 from ..layers import Bidirectional, Dense, Layer, Mixture, Recurrent
 from ..mixture import build_mixture
 from .attention import AdditiveAttention, ProductAttention
@@ -19,7 +20,11 @@ class _Options(TypedDict):
 
 
 def build_translation(
-    config: Translation, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    config: Translation,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    holding: Holding = EVERYTHING,
 ) -> TranslationModel:
     """Build the model, freshly initialised; on the device "meta" without allocating its weights."""
     options: _Options = {"device": device, "dtype": dtype}
@@ -29,7 +34,7 @@ def build_translation(
     return TranslationModel(
         vocab_size=config.vocab_size,
         width=config.width,
-        encoder=Encoder(layers=_encoder_layers(config, options), dropout=config.dropout),
+        encoder=Encoder(layers=_encoder_layers(config, options, holding), dropout=config.dropout),
         decoder=Decoder(
             layers=_around_block(
                 {
@@ -39,6 +44,7 @@ def build_translation(
                 config.decoder_block,
                 config.width,
                 options,
+                holding,
             ),
             reads_context=reads_context,
             attention=attention(width=config.width, hidden=config.attention_width, **options),
@@ -51,22 +57,22 @@ def build_translation(
     )
 
 
-def _encoder_layers(config: Translation, options: _Options) -> dict[str, Layer]:
+def _encoder_layers(config: Translation, options: _Options, holding: Holding) -> dict[str, Layer]:
     num_layers = config.encoder_layers - 1 if config.bidirectional else config.encoder_layers
     lstms: dict[str, Layer] = {f"lstm{index + 1}": _lstm(config, options) for index in range(num_layers)}
     if config.bidirectional:
         lstms["lstm1"] = Bidirectional(forwards=_lstm(config, options), backwards=_lstm(config, options))
-    return _around_block(lstms, config.encoder_block, config.width, options)
+    return _around_block(lstms, config.encoder_block, config.width, options, holding)
 
 
 def _around_block(
-    lstms: dict[str, Any], block: BlockConfig, width: int, options: _Options
+    lstms: dict[str, Any], block: BlockConfig, width: int, options: _Options, holding: Holding
 ) -> dict[str, Layer]:
     """The LSTMs, and the block before the last of them."""
     last = next(reversed(lstms))
     return {
         **{name: lstm for name, lstm in lstms.items() if name != last},
-        **_block(block, width, options),
+        **_block(block, width, options, holding),
         last: lstms[last],
     }
 
@@ -82,10 +88,10 @@ def _lstm(config: Translation, options: _Options, *, inputs: int = 1) -> Recurre
     )
 
 
-def _block(block: BlockConfig, width: int, options: _Options) -> dict[str, Layer]:
+def _block(block: BlockConfig, width: int, options: _Options, holding: Holding) -> dict[str, Layer]:
     match block:
         case MixtureBlock():
-            return {"moe": Mixture(build_mixture(block, width=width, **options))}
+            return {"moe": Mixture(build_mixture(block, width=width, holding=holding, **options))}
         case DenseBlock():
             return {"dense": Dense(width=width, hidden=[block.hidden], **options)}
         case _:

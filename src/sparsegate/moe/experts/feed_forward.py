@@ -1,6 +1,6 @@
 """The paper's experts: one hidden ReLU layer, no biases, stacked."""
 
-from .stacked import StackedExperts, draw_normal
+from .stacked import StackedExperts
 
 
 class FeedForward(StackedExperts):
@@ -11,5 +11,5 @@ class FeedForward(StackedExperts):
     def reset_parameters(self) -> None:
         """Normal of variance 2/fan_in before the ReLU and 1/fan_in after it: activations keep their size."""
         _, width, hidden = self.w_in.shape
-        draw_normal(self.w_in, std=(2 / width) ** 0.5)
-        draw_normal(self.w_out, std=hidden**-0.5)
+        self.draw(self.w_in, std=(2 / width) ** 0.5)
+        self.draw(self.w_out, std=hidden**-0.5)

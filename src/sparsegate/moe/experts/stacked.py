@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dispatch import plan_rows
+from ..drawing import draw_normal
 from ..kernels.activations import ACTIVATIONS, ActivationName
 from ..kernels.choice import Setting, feed_forward_kernel
 from ..kernels.sink import GradientSink
@@ -23,7 +24,8 @@ class StackedExperts(Experts):
     product in six more and T * K * S values less (appendix D). kernel: one of `kernels/choice.py`; None: the
     first that suits the input. ValueError at the first input where the one named does not. storage: dtype
     that the weights are kept in where it is not that of the products, to which they are cast expert by
-    expert; None: `dtype`, and x must have it too.
+    expert; None: `dtype`, and x must have it too. own: these alone out of `num_experts`, with the weights
+    that they have among all; `num_experts` is then theirs. None: all.
 
     With a sink (`give_gradients_to`) the backward pass gives it each expert's weight gradient as soon as it
     is made, and `.grad` stays None. A sink may change that expert's weights at once.
@@ -40,6 +42,7 @@ class StackedExperts(Experts):
         recompute: bool = False,
         kernel: str | None = None,
         storage: torch.dtype | None = None,
+        own: range | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -47,7 +50,8 @@ class StackedExperts(Experts):
         if min(width, hidden, num_experts) < 1:
             raise ValueError(f"width ({width}), hidden ({hidden}), num_experts ({num_experts}) must be >= 1")
         inputs = ACTIVATIONS[self.activation].inputs * hidden
-        self.num_experts = num_experts
+        self._own, self._num_in_all = range(num_experts) if own is None else own, num_experts
+        self.num_experts = num_experts = len(self._own)
         self.recompute = recompute
         self.kernel = kernel
         self.casts = storage is not None
@@ -60,6 +64,10 @@ class StackedExperts(Experts):
     @abstractmethod
     def reset_parameters(self) -> None:
         """Draw new weights."""
+
+    def draw(self, weight: Tensor, *, std: float) -> None:
+        """Fill one of the weights with normal numbers."""
+        draw_normal(weight, std=std, own=self._own, num_rows=self._num_in_all)
 
     def extra_repr(self) -> str:
         num_experts, hidden, width = self.w_out.shape
@@ -107,13 +115,3 @@ class StackedExperts(Experts):
             dtype=dtype,
             sink=self.sink,
         )
-
-
-def draw_normal(weight_EDH: Tensor, *, std: float) -> None:
-    """Fill with normal numbers in place. Narrow ones are drawn in float32, matrix by matrix."""
-    if weight_EDH.dtype.itemsize >= 4:
-        nn.init.normal_(weight_EDH, std=std)
-        return
-    with torch.no_grad():
-        for weight_DH in weight_EDH.unbind():
-            weight_DH.copy_(torch.randn(weight_DH.shape, device=weight_DH.device).mul_(std))

@@ -1,6 +1,6 @@
 """SwiGLU experts (Shazeer 2020): the feed-forward network of most mixtures since."""
 
-from .stacked import StackedExperts, draw_normal
+from .stacked import StackedExperts
 
 
 class SwiGLU(StackedExperts):
@@ -16,5 +16,5 @@ class SwiGLU(StackedExperts):
     def reset_parameters(self) -> None:
         """Normal of variance 1/fan_in."""
         _, hidden, width = self.w_out.shape
-        draw_normal(self.w_in, std=width**-0.5)
-        draw_normal(self.w_out, std=hidden**-0.5)
+        self.draw(self.w_in, std=width**-0.5)
+        self.draw(self.w_out, std=hidden**-0.5)

@@ -1,0 +1,194 @@
+"""What `sparsegate plan --devices` says of traffic and memory beside what runs on so many ranks have.
+
+    python -m benchmarks.planned_ranks
+
+Processes with Gloo train a few steps. Bytes are counted at the collectives of a training step, without what a
+rank sends to itself: to experts and back (all-to-all), and sums of gradients (all-reduce; as a ring sends
+them). They are the mean of the ranks; the plan's are those of untrained gates, which spread tokens evenly.
+Memory is the most that a rank holds beyond what it held before it made its model, the maximum over the ranks,
+as in `benchmarks/planned_memory.py`.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+from benchmarks import RESULTS
+from benchmarks.planned_memory import RESET, bytes_of, text
+from sparsegate.benchmarking.measuring import circumstances, markdown, store
+from sparsegate.data import prepare
+from sparsegate.recipes.cluster import Layout, Machine, lay_out
+from sparsegate.recipes.registry import recipe
+from sparsegate.training import loop
+from sparsegate.training.config import RunConfig
+from sparsegate.training.memory import batch_tokens, method_of
+from sparsegate.training.overrides import replace_by_path
+from sparsegate.training.ranks import Ranks
+
+STEPS, WORDS = 4, 4000
+CASES: dict[str, tuple[str, dict[str, object]]] = {
+    # name: recipe, changes
+    "32 experts": ("small-moe-32", {}),
+    "256 experts, flat, factored": ("small-moe-256", {"optim.experts": "factored"}),
+    "1,024 experts in 32 groups": ("small-moe-1024-h", {}),
+    "1,024 experts in 32 groups, factored": ("small-moe-1024-h", {"optim.experts": "factored"}),
+}
+
+
+def main() -> None:
+    args = _arguments()
+    with tempfile.TemporaryDirectory() as name:
+        data = Path(name, "data")
+        text(Path(name, "text"), WORDS)
+        prepare(
+            output=data,
+            train=[Path(name, "text")],
+            valid=[Path(name, "valid")],
+            vocabulary="words",
+            vocabulary_size=WORDS,
+        )
+        rows = [row for num_ranks in args.ranks for row in run_on_ranks(args.cases, num_ranks, data)]
+    rows.sort(key=lambda row: args.cases.index(row["case"]))
+    print(markdown(rows))
+    if args.out:
+        print(store(args.out, {**circumstances(), "rows": rows}))
+
+
+def run_on_ranks(cases: list[str], num_ranks: int, data: Path) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_run_rank, (num_ranks, cases, str(data), folder), nprocs=num_ranks)
+        found = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(num_ranks)]
+    return [row(case, num_ranks, [rank[case] for rank in found]) for case in cases]
+
+
+def row(case: str, num_ranks: int, found: list[dict[str, float]]) -> dict[str, Any]:
+    """found: by rank."""
+    layout = planned(case, num_ranks)
+    sent = sum(rank["all_to_all"] for rank in found) / num_ranks
+    reduced = sum(rank["all_reduce"] for rank in found) / num_ranks
+    memory = max(rank["memory"] for rank in found)
+    return {
+        "case": case,
+        "ranks": num_ranks,
+        "all-to-all, planned (MB)": layout.all_to_all_bytes / 1e6,
+        "measured (MB)": sent / 1e6,
+        "measured / planned": sent / layout.all_to_all_bytes if num_ranks > 1 else None,
+        "all-reduce, planned (MB)": layout.all_reduce_bytes / 1e6,
+        " measured (MB)": reduced / 1e6,
+        "memory, planned (MB)": layout.memory / 1e6,
+        "  measured (MB)": memory / 1e6,
+        " measured / planned": memory / layout.memory,
+    }
+
+
+def config_of(case: str) -> RunConfig:
+    name, changes = CASES[case]
+    config = recipe(name)
+    changes = changes | {
+        "batches.batch_size": 128,
+        "training.steps": STEPS,
+        "training.evaluate_every": STEPS,
+        "training.checkpoint_every": STEPS,
+    }
+    return replace_by_path(replace(config, model=replace(config.model, vocab_size=WORDS)), changes)
+
+
+def planned(case: str, num_ranks: int) -> Layout:
+    config = config_of(case)
+    return lay_out(
+        config.model,
+        Machine(devices=num_ranks),
+        method_of(config),
+        batch_tokens=batch_tokens(config),
+        micro_batches=config.training.micro_batches,
+    )
+
+
+def _run_rank(rank: int, num_ranks: int, cases: list[str], data: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/r", rank=rank, world_size=num_ranks)
+    mesh = init_device_mesh("cpu", (num_ranks,), mesh_dim_names=("expert",))
+
+    @contextmanager
+    def these(*given: object, **options: object) -> Iterator[Ranks]:
+        yield Ranks.of_mesh(mesh) if num_ranks > 1 else loop.ALONE
+
+    with mock.patch.object(loop, "ranks_of_process", these):
+        found = {
+            case: _train(case, rank, num_ranks, data, Path(folder, str(number)))
+            for number, case in enumerate(cases)
+        }
+    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _train(case: str, rank: int, num_ranks: int, data: str, folder: Path) -> dict[str, float]:
+    """Bytes of this rank: sent in a step by each collective, and held at most."""
+    config = replace(config_of(case), data=data)
+    small = {"model.num_experts": 8 * num_ranks, "batches.batch_size": num_ranks}
+    small |= {"model.gate.num_groups": num_ranks * 4} if config.name.endswith("-h") else {}
+    sent: Counter[str] = Counter()
+    loop.train(replace_by_path(config, small), folder=folder / "first")  # loads what is loaded once
+    dist.barrier()
+    before = bytes_of("VmRSS")
+    RESET.write_text("5")  # the peak begins anew
+    with counted_in_steps(sent, rank, num_ranks):
+        loop.train(config, folder=folder / "run")
+    memory = bytes_of("VmHWM") - before
+    return {**{name: sent[name] / STEPS for name in ("all_to_all", "all_reduce")}, "memory": memory}
+
+
+@contextmanager
+def counted_in_steps(sent: Counter[str], rank: int, num_ranks: int) -> Iterator[None]:
+    """Add up what this rank sends to others in the steps of training, by collective."""
+    step, all_to_all, all_reduce = loop.Run.step, dist.all_to_all_single, dist.all_reduce
+
+    def count_all_to_all(into: Tensor, tensor: Tensor, received=None, given=None, **options):
+        rows = len(tensor) // num_ranks if given is None else given[rank]
+        sent["all_to_all"] += tensor.nbytes - tensor[:rows].nbytes
+        return all_to_all(into, tensor, received, given, **options)
+
+    def count_all_reduce(tensor: Tensor, *given, **options):
+        sent["all_reduce"] += 2 * (num_ranks - 1) * tensor.nbytes // num_ranks
+        return all_reduce(tensor, *given, **options)
+
+    def counted(run: loop.Run) -> None:
+        with (
+            mock.patch.object(dist, "all_to_all_single", count_all_to_all),
+            mock.patch.object(dist, "all_reduce", count_all_reduce),
+        ):
+            step(run)
+
+    with mock.patch.object(loop.Run, "step", counted):
+        yield
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--out", type=Path, help=f"for example {RESULTS.name}/planned_ranks.json")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    # What is freed goes back to the system at once: the allocator's waste is not predicted.
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    main()
