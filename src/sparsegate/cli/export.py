@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..recipes.load import checkpoint_path
 from ..training.exporting import export
-from .trained import warn
+from .trained import add_checkpoint, checkpoint_of, warn
 from .verb import Parser, Verb
 
 EXAMPLE = """
@@ -16,20 +16,13 @@ sparsegate train small-moe-32 --data datasets/book --out runs/more --training.in
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder that `sparsegate train` wrote")
-    parser.add_argument(
-        "--checkpoint",
-        default="best",
-        metavar="best|last|STEP",
-        help="which weights (default: best, or the last where none was evaluated)",
-    )
+    add_checkpoint(parser)
     parser.add_argument("--out", type=Path, metavar="FILE", help="(default: RUN.safetensors)")
 
 
 def run(args: Namespace) -> int:
-    which = int(args.checkpoint) if args.checkpoint.isdecimal() else args.checkpoint
     output = args.out or args.run.with_name(f"{args.run.name}.safetensors")
-    checkpoint = checkpoint_path(args.run, which, warn)
+    checkpoint = checkpoint_path(args.run, checkpoint_of(args), warn)
     export(args.run, checkpoint, output)
     print(f"{output}: the weights of {checkpoint}")
     return 0

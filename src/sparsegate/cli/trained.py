@@ -19,7 +19,8 @@ _READ_BYTES = 1 << 20
 _MAX_LINE_BYTES = 4 << 20
 
 
-def add_run(parser: Parser) -> None:
+def add_checkpoint(parser: Parser) -> None:
+    """Which weights of which run."""
     parser.add_argument("run", type=Path, metavar="RUN", help="folder that `sparsegate train` wrote")
     parser.add_argument(
         "--checkpoint",
@@ -27,12 +28,19 @@ def add_run(parser: Parser) -> None:
         metavar="best|last|STEP",
         help="which weights (default: best, or the last where none was evaluated)",
     )
+
+
+def checkpoint_of(args: Namespace) -> str | int:
+    return int(args.checkpoint) if args.checkpoint.isdecimal() else args.checkpoint
+
+
+def add_run(parser: Parser) -> None:
+    add_checkpoint(parser)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
 
 
 def load_run(args: Namespace) -> LanguageRun | TranslationRun:
-    checkpoint = int(args.checkpoint) if args.checkpoint.isdecimal() else args.checkpoint
-    trained = load(args.run, checkpoint=checkpoint, device=args.device, warn=warn)
+    trained = load(args.run, checkpoint=checkpoint_of(args), device=args.device, warn=warn)
     if trained.model.sees_later_tokens():
         warn(
             f"{args.run}: its gate chooses among tokens, and what a token gets depends on later ones; "

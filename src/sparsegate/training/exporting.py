@@ -3,10 +3,9 @@
 import json
 from pathlib import Path
 
-from ..data import load_vocabulary
 from .checkpoint import load_checkpoint
 from .overrides import to_json
-from .run_folder import VOCABULARY, RunDataset, read_run_config
+from .run_folder import RunDataset, read_run_config, read_vocabulary
 from .state import TrainState
 from .weights import export_weights
 from .weights import load_weights as read_exported
@@ -23,8 +22,9 @@ def export(run: Path, checkpoint: Path, output: Path) -> None:
     """
     if output.exists():
         raise ValueError(f"{output}: exists; give another name, or remove it")
-    config, vocabulary = read_run_config(run), load_vocabulary(run / VOCABULARY)
-    loaded = load_checkpoint(checkpoint)
+    config = read_run_config(run)
+    vocabulary = read_vocabulary(run, config)
+    loaded = load_checkpoint(checkpoint, only=["model"])
     metadata = {
         "format": "pt",  # what others ask safetensors files for
         "config": json.dumps(to_json(config)),
