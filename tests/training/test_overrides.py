@@ -298,7 +298,11 @@ def test_a_block_of_any_kind_becomes_one_of_any_other(before: BlockConfig, after
 def test_a_model_of_another_kind_has_the_sections_that_it_needs():
     model = small_translation_lstm().model
     all_options = options(small_translation_lstm())
-    changes = {each.path: str(each.value) for each in all_options if each.path.startswith("model.")}
+    changes = {
+        each.path: "none" if each.value == () else str(each.value)
+        for each in all_options
+        if each.path.startswith("model.")
+    }
     changes["batches.kind"] = "parallel"
     assert replace_by_path(small_4xlstm(), changes).model == model
     del changes["model.encoder_block.kind"]

@@ -287,11 +287,10 @@ def _value(annotation: Any, value: object, path: str, *, from_text: bool) -> obj
 
 def _split(annotation: Any, text: str) -> object:
     members = (annotation, *get_args(annotation))
-    if NoneType in members and text.lower() == "none":
-        return None
-    if any(get_origin(member) is tuple for member in members):
-        return [part.strip() for part in text.split(",") if part.strip()]
-    return text
+    is_tuple = any(get_origin(member) is tuple for member in members)
+    if text.lower() == "none" and (is_tuple or NoneType in members):
+        return None if NoneType in members else []
+    return [part.strip() for part in text.split(",") if part.strip()] if is_tuple else text
 
 
 def _short(text: str) -> str:
