@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from sparsegate.data import TextOptions, prepare, spans
+from sparsegate.data.normalization import PLAIN
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.data.children"])
+_context.set_forkserver_preload(["tests.data.children", "tests.data.parallel.children"])
 Options = dict[str, Any]
+PLAIN.words("")  # its expression takes half a second to compile, once for all children
 
 
 def start(target: Callable[..., None], *args: object) -> multiprocessing.process.BaseProcess:
