@@ -38,10 +38,17 @@ class TranslationSampling:
         tokens: TargetTokens,
         numbers: Sequence[int],
         max_positions: int,
+        peers: Peers = ALONE,
     ) -> list[list[Hypothesis]]:
         """See `sample_translations`; one of each source."""
         found = sample_translations(
-            model, sources, tokens=tokens, sampling=self, numbers=numbers, max_tokens=max_positions
+            model,
+            sources,
+            tokens=tokens,
+            sampling=self,
+            numbers=numbers,
+            max_tokens=max_positions,
+            peers=peers,
         )
         return [[hypothesis] for hypothesis in found]
 
@@ -63,16 +70,9 @@ class SharedSampling:
         max_positions: int,
     ) -> list[list[Hypothesis]]:
         """See `sample_translations`; one of each source."""
-        found = sample_translations(
-            model,
-            sources,
-            tokens=tokens,
-            sampling=self.sampling,
-            numbers=numbers,
-            max_tokens=max_positions,
-            peers=self.peers,
+        return self.sampling.translations(
+            model, sources, tokens=tokens, numbers=numbers, max_positions=max_positions, peers=self.peers
         )
-        return [[hypothesis] for hypothesis in found]
 
 
 @dataclass(kw_only=True)
