@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.equal_computation import shortened
-from benchmarks.translation_models import add_arguments, at_width, best_rate, compared, measured
+from benchmarks.translation_models import add_arguments, at_width, compared, measured, searched
 from sparsegate.benchmarking.measuring import circumstances
 from sparsegate.data.parallel import TranslationDataset
 from sparsegate.recipes.registry import recipe
@@ -37,10 +37,9 @@ def main() -> None:
     for seed in args.seeds:
         rows = by_seed[str(seed)] = {}
         for config in configurations(pairs, args):
-            rate = best_rate(replace(config, seed=0), args)
-            config = replace(config, seed=seed, optim=replace(config.optim, learning_rate=rate))
+            config = replace(searched(replace(config, seed=0), args), seed=seed)
             row = measured(config, args)
-            rows[config.name] = {"learning_rate": rate, "steps": config.training.steps, **row}
+            rows[config.name] = {"steps": config.training.steps, **row}
             if config.name != MIXTURE:
                 own, mixture = (args.out / name / f"seed-{seed}" for name in (config.name, MIXTURE))
                 rows[config.name]["mixture_against_it"] = compared(own, mixture, row["pairs"])

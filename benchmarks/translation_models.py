@@ -2,10 +2,10 @@
 
     python -m benchmarks.translation_models --data DIR --out RUNS --steps 2000
 
-All models see the same batches. A learning rate is chosen for each on the validation split after
-`--search-steps`, where several are given; then there is one run for each seed. Of its best checkpoint the
-test split's perplexity is measured and its translations by beam search, with bootstrap intervals, and paired
-with those of the first model and the same seed. Everything is a run folder and is resumed when the command is
+All models see the same batches. A learning rate and a dropout are chosen for each on the validation split
+after `--search-steps`, where several are given; then there is one run for each seed. Of its best checkpoint
+the test split's perplexity is measured and its translations by beam search, with bootstrap intervals, and
+paired with those of the first model and the same seed. Everything is a run folder and is resumed when the command is
 given again; what was measured is kept beside it.
 """
 
@@ -48,10 +48,9 @@ def main() -> None:
     for seed in args.seeds:
         for name in args.models:
             config = replace(at_width(recipe(name), args.width), data=str(args.data), seed=0)
-            rate = best_rate(config, args)
-            config = replace(config, seed=seed, optim=replace(config.optim, learning_rate=rate))
+            config = replace(searched(config, args), seed=seed)
             row = measured(shortened(config, args.steps), args)
-            rows.append({"name": name, "seed": seed, "learning_rate": rate, **row})
+            rows.append({"name": name, "seed": seed, **row})
             first, own = (args.out / each / f"seed-{seed}" for each in (args.models[0], name))
             rows[-1]["compared"] = {} if own == first else compared(first, own, row["pairs"])
             write_json_atomically(
@@ -88,19 +87,27 @@ def at_width(config: RunConfig, width: int | None) -> RunConfig:
     )
 
 
-def best_rate(config: RunConfig, args: argparse.Namespace) -> float:
-    """The learning rate of lowest validation perplexity after the search steps; one alone is taken."""
-    if len(args.learning_rates) == 1:
-        return args.learning_rates[0]
-    trials = search(
-        shortened(config, args.search_steps),
-        folder=args.out / config.name / "search",
-        learning_rates=args.learning_rates,
-        dropouts=[config.model.dropout],
-        console=None,
-        on_trial=lambda trial: print(config.name, trial, flush=True),
+def searched(config: RunConfig, args: argparse.Namespace) -> RunConfig:
+    """With the learning rate and dropout of lowest validation perplexity after the search steps, of those that
+    are given; the only ones are taken without a search."""
+    rates, dropouts = args.learning_rates, args.dropouts or [config.model.dropout]
+    if len(rates) == len(dropouts) == 1:
+        rate, dropout = rates[0], dropouts[0]
+    else:
+        best, *_ = search(
+            shortened(config, args.search_steps),
+            folder=args.out / config.name / "search",
+            learning_rates=rates,
+            dropouts=dropouts,
+            console=None,
+            on_trial=lambda trial: print(config.name, trial, flush=True),
+        )
+        rate, dropout = best.learning_rate, best.dropout
+    return replace(
+        config,
+        optim=replace(config.optim, learning_rate=rate),
+        model=replace(config.model, dropout=dropout),
     )
-    return trials[0].learning_rate
 
 
 def measured(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
@@ -129,6 +136,8 @@ def measured(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
             "balance": {layer: balance_metrics(sums) for layer, sums in pair.sums.items()},
         }
     row = {
+        "learning_rate": config.optim.learning_rate,
+        "dropout": config.model.dropout,
         "parameters": costs.parameters,
         "ops_per_timestep": costs.ops_per_timestep,
         "best_step": run.step,
@@ -196,6 +205,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[4e-3])
+    parser.add_argument("--dropouts", type=float, nargs="+", help="(default: the recipe's)")
     parser.add_argument("--search-steps", type=int, default=300)
     parser.add_argument("--sentences", type=int, help="translate the first ones alone (default: all)")
     parser.add_argument("--threads", type=int, default=2)
