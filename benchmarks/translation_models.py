@@ -5,8 +5,8 @@
 All models see the same batches. A learning rate and a dropout are chosen for each on the validation split
 after `--search-steps`, where several are given; then there is one run for each seed. Of its best checkpoint
 the test split's perplexity is measured and its translations by beam search, with bootstrap intervals, and
-paired with those of the first model and the same seed. Everything is a run folder and is resumed when the command is
-given again; what was measured is kept beside it.
+paired with those of the first model and the same seed. Everything is a run folder and is resumed when the
+command is given again; what was measured is kept beside it.
 """
 
 import argparse
@@ -88,8 +88,8 @@ def at_width(config: RunConfig, width: int | None) -> RunConfig:
 
 
 def searched(config: RunConfig, args: argparse.Namespace) -> RunConfig:
-    """With the learning rate and dropout of lowest validation perplexity after the search steps, of those that
-    are given; the only ones are taken without a search."""
+    """With the learning rate and dropout, of those that are given, of lowest validation perplexity after the
+    search steps; the only ones are taken without a search."""
     rates, dropouts = args.learning_rates, args.dropouts or [config.model.dropout]
     if len(rates) == len(dropouts) == 1:
         rate, dropout = rates[0], dropouts[0]
