@@ -1,8 +1,9 @@
 """The translation models at a quarter of the paper's width: each trains on one CPU core in minutes.
 
-Widths are 128 for 512, and LSTMs have 256 units, projected. The dense model's hidden layer is k times as wide
-as an expert's, so that it costs as many multiply-adds; `small-translation-lstm` has neither. Unlike the
-paper's they have biases in the LSTMs and one embedding table.
+Widths are 128 for 512. The dense model's hidden layer is k times as wide as an expert's, so that it costs as
+many multiply-adds; `small-translation-lstm` has neither. Unlike the paper's they have biases in the LSTMs and
+one embedding table, and LSTMs without projections: what a projected one feeds back is not bounded, and at the
+learning rates of small models its gradients explode (docs/results.md).
 """
 
 from ..models.gates import BalancedGate, HierarchicalGate, NoisyTopKGate
@@ -11,7 +12,6 @@ from ..training.config import LossConfig, OptimConfig, ParallelConfig, RunConfig
 
 VOCABULARY = 8192  # subwords of all languages; a dataset brings its own
 WIDTH = 128
-UNITS = 256
 EXPERT = 256
 K = 4
 DROPOUT = 0.1
@@ -22,8 +22,7 @@ def _run(name: str, block: BlockConfig, *, temperature: float = 1.0) -> RunConfi
     model = Translation(
         vocab_size=VOCABULARY,
         width=WIDTH,
-        lstm_units=UNITS,
-        lstm_projection=WIDTH,
+        lstm_units=WIDTH,
         lstm_bias=True,
         dropout=DROPOUT,
         encoder_block=block,
