@@ -4,6 +4,7 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for the processes that tests start
 
+import multiprocessing
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +16,11 @@ from tests.helpers.ranks import Ranks
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which torch leaves to its first use
+
+# There is one fork server for all tests, and it imports once what the processes that they start need.
+multiprocessing.set_forkserver_preload(
+    ["tests.data.children", "tests.data.parallel.children", "tests.helpers.savers"]
+)
 
 # `pytest --hypothesis-profile nightly` chooses the other one; what it finds, it prints as a blob to replay.
 settings.register_profile("short", max_examples=200, derandomize=True, deadline=None)

@@ -13,7 +13,6 @@ from sparsegate.data import TextOptions, prepare, spans
 from sparsegate.data.normalization import PLAIN
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.data.children", "tests.data.parallel.children"])
 Options = dict[str, Any]
 PLAIN.words("")  # its expression takes half a second to compile, once for all children
 

@@ -15,9 +15,7 @@ NUMEL = 200_000
 
 
 def fork_server() -> ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
+    return multiprocessing.get_context("forkserver")
 
 
 def save_for_ever(run: Path) -> None:
