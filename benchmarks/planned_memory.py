@@ -4,7 +4,8 @@
 
 Measured is the most that a process holds while it trains, beyond what it held before it made the model (so
 without the program itself), with an allocator that gives back what is freed. Linux tells it. Mixtures hold
-some 50 to 100 MB more after a few steps, in the many small buffers of their experts; that is not predicted.
+some 50 to 100 MB more after a few steps, in products that oneDNN has compiled for each number of rows; that
+is not predicted.
 """
 
 import argparse

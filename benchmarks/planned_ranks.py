@@ -3,8 +3,9 @@
     python -m benchmarks.planned_ranks
 
 Processes with Gloo train a few steps. Bytes are counted at the collectives of a training step, without what a
-rank sends to itself: to experts and back (all-to-all), and sums of gradients (all-reduce; as a ring sends
-them). They are the mean of the ranks; the plan's are those of untrained gates, which spread tokens evenly.
+rank sends to itself: to experts and back, and for words that are spread (all-to-all), and sums of gradients
+(all-reduce; as a ring sends them). They are the mean of the ranks; the plan's are those of untrained gates,
+which spread tokens evenly. The text's words are as frequent as the plan takes them to be.
 Memory is the most that a rank holds beyond what it held before it made its model, the maximum over the ranks,
 as in `benchmarks/planned_memory.py`.
 """
@@ -28,9 +29,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from benchmarks import RESULTS
-from benchmarks.planned_memory import RESET, bytes_of, text
+from benchmarks.planned_memory import RESET, bytes_of
 from sparsegate.benchmarking.measuring import circumstances, markdown, store
 from sparsegate.data import prepare
+from sparsegate.models import MixtureLM
+from sparsegate.models.softmax import draw_log_uniform
 from sparsegate.recipes.cluster import Layout, Machine, lay_out
 from sparsegate.recipes.registry import recipe
 from sparsegate.training import loop
@@ -46,6 +49,11 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "256 experts, flat, factored": ("small-moe-256", {"optim.experts": "factored"}),
     "1,024 experts in 32 groups": ("small-moe-1024-h", {}),
     "1,024 experts in 32 groups, factored": ("small-moe-1024-h", {"optim.experts": "factored"}),
+    "no experts, words spread": ("small-lstm", {"training.vocabulary": "sharded"}),
+    "no experts, words spread, 512 candidates": (
+        "small-lstm",
+        {"training.vocabulary": "sharded", "model.softmax_samples": 512},
+    ),
 }
 
 
@@ -53,7 +61,7 @@ def main() -> None:
     args = _arguments()
     with tempfile.TemporaryDirectory() as name:
         data = Path(name, "data")
-        text(Path(name, "text"), WORDS)
+        text(Path(name))
         prepare(
             output=data,
             train=[Path(name, "text")],
@@ -68,6 +76,17 @@ def main() -> None:
         print(store(args.out, {**circumstances(), "rows": rows}))
 
 
+def text(folder: Path) -> None:
+    """Words as a sampled softmax draws them, in long lines, and each at least once."""
+    torch.manual_seed(0)
+    number_N = draw_log_uniform(300_000, WORDS - 2, device=torch.device("cpu"))
+    words = [f"w{number}" for number in number_N[torch.randperm(len(number_N))].tolist()]
+    words += [f"w{number}" for number in range(WORDS - 2)]
+    lines = [" ".join(words[start : start + 400]) for start in range(0, len(words), 400)]
+    Path(folder, "text").write_text("\n".join(lines))
+    Path(folder, "valid").write_text("\n".join(lines[:3]))
+
+
 def run_on_ranks(cases: list[str], num_ranks: int, data: Path) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_run_rank, (num_ranks, cases, str(data), folder), nprocs=num_ranks)
@@ -78,15 +97,16 @@ def run_on_ranks(cases: list[str], num_ranks: int, data: Path) -> list[dict[str,
 def row(case: str, num_ranks: int, found: list[dict[str, float]]) -> dict[str, Any]:
     """found: by rank."""
     layout = planned(case, num_ranks)
+    to_send = layout.all_to_all_bytes + layout.word_bytes
     sent = sum(rank["all_to_all"] for rank in found) / num_ranks
     reduced = sum(rank["all_reduce"] for rank in found) / num_ranks
     memory = max(rank["memory"] for rank in found)
     return {
         "case": case,
         "ranks": num_ranks,
-        "all-to-all, planned (MB)": layout.all_to_all_bytes / 1e6,
+        "all-to-all, planned (MB)": to_send / 1e6,
         "measured (MB)": sent / 1e6,
-        "measured / planned": sent / layout.all_to_all_bytes if num_ranks > 1 else None,
+        "measured / planned": sent / to_send if num_ranks > 1 else None,
         "all-reduce, planned (MB)": layout.all_reduce_bytes / 1e6,
         " measured (MB)": reduced / 1e6,
         "memory, planned (MB)": layout.memory / 1e6,
@@ -122,10 +142,12 @@ def _run_rank(rank: int, num_ranks: int, cases: list[str], data: str, folder: st
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/r", rank=rank, world_size=num_ranks)
     mesh = init_device_mesh("cpu", (num_ranks,), mesh_dim_names=("expert",))
+    gradient_group = dist.new_group()
+    assert isinstance(gradient_group, dist.ProcessGroup)
 
     @contextmanager
     def these(*given: object, **options: object) -> Iterator[Ranks]:
-        yield Ranks.of_mesh(mesh) if num_ranks > 1 else loop.ALONE
+        yield Ranks.of_mesh(mesh, gradient_group=gradient_group) if num_ranks > 1 else loop.ALONE
 
     with mock.patch.object(loop, "ranks_of_process", these):
         found = {
@@ -140,7 +162,8 @@ def _run_rank(rank: int, num_ranks: int, cases: list[str], data: str, folder: st
 def _train(case: str, rank: int, num_ranks: int, data: str, folder: Path) -> dict[str, float]:
     """Bytes of this rank: sent in a step by each collective, and held at most."""
     config = replace(config_of(case), data=data)
-    small = {"model.num_experts": 8 * num_ranks, "batches.batch_size": num_ranks}
+    small: dict[str, object] = {"batches.batch_size": num_ranks}
+    small |= {"model.num_experts": 8 * num_ranks} if isinstance(config.model, MixtureLM) else {}
     small |= {"model.gate.num_groups": num_ranks * 4} if config.name.endswith("-h") else {}
     sent: Counter[str] = Counter()
     loop.train(replace_by_path(config, small), folder=folder / "first")  # loads what is loaded once

@@ -16,12 +16,12 @@ from torch.distributed.fsdp import fully_shard
 
 from sparsegate import MoE, Routing, importance_loss, load_loss
 from sparsegate.parallel.distribute import (
-    add_up_gradients,
     expert_parameters,
     gradient_norm,
     shard_the_rest,
     spread_experts,
 )
+from sparsegate.parallel.gradients import GradientSums
 from sparsegate.parallel.sums import sum_over_ranks
 
 NUM_TOKENS, LENGTH, WIDTH, BATCH = 16, 8, 32, 256
@@ -71,6 +71,7 @@ def main() -> None:
     for block in model.blocks:
         fully_shard(block, mesh=mesh, ignored_params=set(expert_parameters(model)))
     shard_the_rest(model, mesh)
+    sums = GradientSums(model, mesh, dist.new_group())
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3, foreach=False)
     torch.manual_seed(1 + dist.get_rank())  # other sequences on each rank
     for step in range(120):
@@ -79,10 +80,10 @@ def main() -> None:
         logit_BSV, routings = model(token_BS)
         task = F.cross_entropy(logit_BSV.flatten(0, 1), target_BS.flatten(), reduction="sum")
         total = sum_over_ranks([routing.sums for routing in routings])
-        balance = sum(0.1 * (importance_loss(sums) + load_loss(sums)) for sums in total)
+        balance = sum(0.1 * (importance_loss(each) + load_loss(each)) for each in total)
         optimizer.zero_grad()
-        (task / (BATCH * LENGTH) + balance).backward()
-        add_up_gradients(model, mesh)
+        with sums.overlap():
+            (task / (BATCH * LENGTH) + balance).backward()
         norm = gradient_norm(model, mesh)
         optimizer.step()
         if step % 40 == 39 and dist.get_rank() == 0:

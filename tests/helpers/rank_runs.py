@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from unittest import mock
@@ -18,7 +19,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from sparsegate.evaluation.translating import TranslationEvaluation
 from sparsegate.models import LanguageModel
 from sparsegate.models.softmax import OutputSoftmax
+from sparsegate.parallel.gradients import GradientSums
 from sparsegate.training import loop, rank_checkpoint
+from sparsegate.training import ranks as ranks_of_runs
 from sparsegate.training.checkpoint import checkpoint_name, load_checkpoint
 from sparsegate.training.config import RunConfig
 from sparsegate.training.making import make_state
@@ -26,6 +29,7 @@ from sparsegate.training.ranks import ALONE, Ranks, ToldElsewhere
 from sparsegate.training.run_folder import checkpoints_of
 from sparsegate.training.storage import FileDigest
 from sparsegate.training.tasks import open_task
+from tests.helpers.ranks import gradient_group
 
 
 @dataclass(frozen=True)
@@ -54,15 +58,16 @@ def exact(config: RunConfig, **training: object) -> RunConfig:
 def train_on_rank(mesh: DeviceMesh, config: RunConfig, folder: str, resume: bool = False) -> str:
     """What the loop says on this rank: "" when it ends, or the signal that it left on.
 
-    Two ranks stand on each machine, for a run that asks.
+    Two ranks stand on each machine, for a run that asks. Gradients are added up in several buckets.
     """
 
     @contextmanager
     def these(*given: object, **options: object) -> Iterator[Ranks]:
-        yield Ranks.of_mesh(mesh)
+        yield Ranks.of_mesh(mesh, gradient_group=gradient_group(mesh.size()))
 
     with (
         mock.patch.object(loop, "ranks_of_process", these),
+        mock.patch.object(ranks_of_runs, "GradientSums", partial(GradientSums, bucket_bytes=2048)),
         mock.patch.dict(os.environ, {"LOCAL_WORLD_SIZE": "2"}),
     ):
         try:

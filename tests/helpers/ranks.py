@@ -21,6 +21,14 @@ PATIENCE_S = 30
 START_S = 240  # on a machine that is busy with other things
 
 
+_GRADIENT_GROUPS: dict[int, Any] = {}
+
+
+def gradient_group(num_ranks: int) -> dist.ProcessGroup:
+    """Of the first ranks, in each of them, for sums of gradients: made once, as its making waits for all."""
+    return _GRADIENT_GROUPS[num_ranks]
+
+
 class Ranks:
     """Four processes; the first `num_ranks` of them run a function together, each with a mesh over these."""
 
@@ -78,6 +86,7 @@ class Ranks:
 
 def _serve(rank: int, rendezvous: Path, pipe: Connection) -> None:
     torch.set_num_threads(1)
+    timeout = timedelta(seconds=PATIENCE_S - 5)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{rendezvous}",
@@ -87,12 +96,13 @@ def _serve(rank: int, rendezvous: Path, pipe: Connection) -> None:
     )
     meshes = {}
     for num_ranks in range(1, MOST_RANKS + 1):
-        group = dist.new_group(list(range(num_ranks)), timeout=timedelta(seconds=PATIENCE_S - 5))
+        group, gradient_group = (dist.new_group(list(range(num_ranks)), timeout=timeout) for _ in range(2))
         if rank < num_ranks:
             meshes[num_ranks] = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("expert",))
+            _GRADIENT_GROUPS[num_ranks] = gradient_group
         # Torch names a group that only its members make by the number of groups that a process has: so laws
         # that make one (`Ranks.beside`) must all run on as many ranks.
-        for other in range(num_ranks, MOST_RANKS):
+        for other in [*range(num_ranks, MOST_RANKS)] * 2:
             dist.new_group([other])
     import_module("sparsegate.training.loop")  # the law to come needs it, and is to be quick
     pipe.send_bytes(b"ready")

@@ -21,15 +21,16 @@ from sparsegate.moe.layer import MoE
 from sparsegate.moe.losses import importance_loss, load_loss, threshold_loss
 from sparsegate.moe.routing import BalanceSums
 from sparsegate.parallel.distribute import (
-    add_up_gradients,
     gradient_norm,
     in_nodes,
     names_in_one_process,
     shard_the_rest,
     spread_experts,
 )
+from sparsegate.parallel.gradients import GradientSums
 from sparsegate.parallel.holding import HoldingOfRank
 from sparsegate.parallel.sums import sum_over_ranks
+from tests.helpers.ranks import gradient_group
 
 GATES: dict[str, GateConfig] = {
     "noisy_topk": NoisyTopKGate(noise_epsilon=0.1),
@@ -113,7 +114,7 @@ def loss_sums(model, tokens_BS1, mask_BS, noise) -> tuple[Tensor, dict[str, Bala
 
 def train_on_rank(mesh: DeviceMesh, case: Case) -> Trained:
     """This rank's share of some updates; weights as one process has them, its experts' alone."""
-    rank = mesh.get_local_rank()
+    rank, group = mesh.get_local_rank(), gradient_group(mesh.size())
     if case.copies > 1:
         shape = (case.copies, mesh.size() // case.copies)
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data", "expert"))
@@ -126,6 +127,7 @@ def train_on_rank(mesh: DeviceMesh, case: Case) -> Trained:
     names = names_in_one_process(model)
     if case.fsdp:
         shard_the_rest(model, mesh)
+    gradient_sums = GradientSums(model, mesh, group, bucket_bytes=512)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.numel()], lr=1e-2, foreach=False)
     own = slice(sum(case.rows[:rank]), sum(case.rows[: rank + 1]))
     losses, norms = [], []
@@ -137,8 +139,8 @@ def train_on_rank(mesh: DeviceMesh, case: Case) -> Trained:
         total = sums
         for name in mesh.mesh_dim_names:
             total = sum_over_ranks(total, mesh.get_group(name))
-        (nll / num_tokens + balance(total)).backward()
-        add_up_gradients(model, mesh)
+        with gradient_sums.overlap():
+            (nll / num_tokens + balance(total)).backward()
         losses.append(float(nll.detach() / num_tokens))
         norms.append(float(gradient_norm(model, mesh)))
         clip(model, norms[-1])

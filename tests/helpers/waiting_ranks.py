@@ -5,6 +5,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from sparsegate.parallel.exchange import Rows, exchange
@@ -18,14 +19,16 @@ LATEST_S = TIMEOUT_S + 2 * GRACE_S
 def wait_on_rank(mesh: DeviceMesh, late: int, where: str) -> tuple[str, float]:
     """What a rank says, and after how many seconds, when rank `late` comes LATEST_S after the others.
 
-    mesh: of all ranks. where: "sum" or "backward".
+    mesh: of all ranks. where: "sum", "backward" or "gradients".
     """
     # Its connections break: a group that no other law uses.
     group = dist.new_group()
     assert isinstance(group, dist.ProcessGroup)
-    ranks = Ranks.of_mesh(DeviceMesh.from_group(group, "cpu", mesh_dim_names=("expert",)))
+    ranks = Ranks.of_mesh(
+        DeviceMesh.from_group(group, "cpu", mesh_dim_names=("expert",)), gradient_group=group
+    )
     rows = Rows(sent_W=(1,) * mesh.size(), received_W=(1,) * mesh.size())
-    x_TD = torch.ones(mesh.size(), 2, requires_grad=True)
+    x_TD, layer = torch.ones(mesh.size(), 2, requires_grad=True), nn.Linear(2, 2)
     (y_TD,) = exchange([x_TD], [rows], group)
     dist.barrier(group)
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=TIMEOUT_S), group)  # long enough for no start
@@ -35,8 +38,11 @@ def wait_on_rank(mesh: DeviceMesh, late: int, where: str) -> tuple[str, float]:
         with naming_the_missing(group, lambda: 7):
             if where == "sum":
                 ranks.sum(1.0)
-            else:
+            elif where == "backward":
                 y_TD.sum().backward()
+            else:
+                with ranks.adding_up_gradients(layer):
+                    layer(x_TD).sum().backward()
     except RankMissing as error:
         return str(error), time.monotonic() - begin
     return "nothing", time.monotonic() - begin

@@ -8,6 +8,7 @@ import torch
 from sparsegate.models import MixtureLM
 from sparsegate.models.gates import HierarchicalGate
 from sparsegate.models.memory import Method
+from sparsegate.models.softmax import draw_log_uniform
 from sparsegate.parallel.placement import experts_of
 from sparsegate.recipes.cluster import Layout, Machine, arithmetic_flops, lay_out
 from sparsegate.recipes.planner import plan
@@ -68,12 +69,55 @@ def test_the_gradients_of_copies_travel_in_a_ring_and_those_of_experts_do_not():
 
 
 def test_words_that_are_spread_are_not_copied():
-    layout = laid("moe-256", Machine(devices=8), spread_words=True)
+    machine = Machine(devices=8)
+    layout = laid("moe-256", machine, spread_words=True)
+    sent = layout.all_to_all_bytes + layout.word_bytes + layout.all_reduce_bytes
+    assert layout.network_seconds == sent / machine.bandwidth
     counted = plan(recipe("moe-256").model)
     experts = 256 * 2 * 512 * 1024
     tables = 793_471 * (2 * 512 + 1)
     assert layout.copied_parameters == counted.parameters - experts - tables
     assert layout.memory < laid("moe-256", Machine(devices=8)).memory - 12 * tables
+
+
+@pytest.mark.parametrize("devices", [2, 5])
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("samples", [0, 300])
+def test_words_that_are_spread_travel_once_for_each_device_that_asks(
+    samples: int, micro_batches: int, devices: int
+):
+    """Every device looks up its tokens' words in what stands elsewhere, and its targets' and candidates'."""
+    model = replace(recipe("small-moe-32").model, softmax_samples=samples)
+    tokens, width, vocab_size = 600, model.width, model.vocab_size
+    layout = lay_out(
+        model,
+        Machine(devices=devices),
+        Method(tokens=1, spread_words=True),
+        batch_tokens=tokens * micro_batches * devices,
+        micro_batches=micro_batches,
+    )
+
+    def drawn(number: int) -> torch.Tensor:
+        return draw_log_uniform(number, vocab_size, device=torch.device("cpu"))
+
+    def looked_up(word_N: torch.Tensor, numbers: int) -> int:
+        """Bytes that leave a device, of whose requests and answers others have as many."""
+        return int((word_N.unique() % devices != 0).sum()) * (4 + 2 * 4 * numbers)
+
+    torch.manual_seed(7)
+    sent = 0.0
+    for _ in range(rounds := 30):
+        sent += looked_up(drawn(tokens), width)
+        if samples:
+            sent += looked_up(torch.cat([drawn(tokens), drawn(samples)]), width + 1)
+        else:  # a hidden value, a target, and two numbers, for each token and other device
+            sent += (devices - 1) * tokens * (2 * 4 * width + 8 + 2 * 8)
+    assert layout.word_bytes == pytest.approx(micro_batches * sent / rounds, rel=0.02)
+
+
+def test_words_that_are_copied_do_not_travel():
+    assert laid("moe-256", Machine(devices=8)).word_bytes == 0
+    assert laid("moe-256", Machine(), spread_words=True).word_bytes == 0
 
 
 def test_a_step_takes_what_the_roofline_says():

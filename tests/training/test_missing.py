@@ -6,7 +6,9 @@ from sparsegate.training.missing import naming_the_missing
 from tests.helpers.waiting_ranks import LATEST_S, wait_on_rank
 
 
-@pytest.mark.parametrize(("where", "place"), [("sum", "ranks.sum"), ("backward", "exchange.end")])
+@pytest.mark.parametrize(
+    ("where", "place"), [("sum", "ranks.sum"), ("backward", "exchange.end"), ("gradients", "gradients.end")]
+)
 def test_who_does_not_come_is_named_by_all_others(where, place, ranks):
     (late, _), *others = ranks.run(wait_on_rank, 4, 0, where)
     for said, seconds in others:

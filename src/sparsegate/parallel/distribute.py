@@ -2,9 +2,10 @@
 
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("expert",))
     spread_experts(model, mesh)
+    sums = GradientSums(model, mesh, group)  # see `gradients.py`
     ...
-    loss.backward()  # a sum over this rank's tokens, divided by the number of all ranks' tokens
-    add_up_gradients(model, mesh)
+    with sums.overlap():
+        loss.backward()  # a sum over this rank's tokens, divided by the number of all ranks' tokens
 
 One rule of scale: a rank's loss is a sum over its own tokens, divided by the count of the global batch, plus
 the balance losses of the sums that `sum_over_ranks` gives; gradients are added up over the ranks, never
@@ -17,7 +18,6 @@ A mesh of the dimensions "data" and "expert" has several copies of the experts: 
 from collections.abc import Callable, Iterator
 from typing import Literal
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -93,7 +93,7 @@ def in_nodes(mesh: DeviceMesh, *, ranks_per_node: int) -> DeviceMesh:
 
 
 def shard_the_rest(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Give all but the experts to FSDP2, which then adds up their gradients; `add_up_gradients` skips them.
+    """Give all but the experts to FSDP2, which then adds up their gradients; `GradientSums` skips them.
 
     To have several groups of parameters, call `fully_shard` on parts of the model before, each with
     `ignored_params=set(expert_parameters(model))`.
@@ -106,25 +106,8 @@ def shard_the_rest(model: nn.Module, mesh: DeviceMesh) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
-def add_up_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Leave in `.grad` the gradients of the sum of all ranks' losses, once per step, after the last backward.
-
-    A gradient that a rank lacks counts as zero, and is there afterwards. Parameters that FSDP2 shards have
-    theirs already, and are left alone.
-    """
-    for parameter in _trained(model):
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    shared_out = set(spread_parameters(model))
-    spread = [p.grad for p in _trained(model) if p in shared_out]
-    dense = [p.grad for p in _trained(model) if p not in shared_out]
-    # Dimension by dimension: a sum must be complete before it goes into the next.
-    for name in _dimensions(mesh):
-        _all_reduce(dense if name == EXPERT else dense + spread, mesh.get_group(name))
-
-
 def gradient_norm(model: nn.Module, mesh: DeviceMesh) -> Tensor:
-    """The global norm of the gradients that `add_up_gradients` left, equal on all ranks."""
+    """The global norm of the gradients that `GradientSums` left, equal on all ranks."""
     shared_out = set(spread_parameters(model))
     with_gradient = [p for p in model.parameters() if p.grad is not None]
     spread = _squared_norm([p.grad for p in with_gradient if p in shared_out], mesh)
@@ -187,18 +170,6 @@ def _dimensions(mesh: DeviceMesh) -> tuple[str, ...]:
             f"and may have {DATA!r}: init_device_mesh(..., mesh_dim_names=({DATA!r}, {EXPERT!r}))"
         )
     return names
-
-
-def _trained(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters whose gradients are this module's to add up."""
-    return [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
-
-
-def _all_reduce(tensors: list[Tensor | None], group: dist.ProcessGroup) -> None:
-    under_way = [dist.all_reduce(tensor, group=group, async_op=True) for tensor in tensors]
-    for work in under_way:
-        assert work is not None
-        work.wait()
 
 
 def _squared_norm(gradients: list[Tensor | None], mesh: DeviceMesh) -> Tensor:

@@ -9,13 +9,17 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from ..models import LanguageModelConfig, MixtureLM, build
 from ..models.gates import HierarchicalGate
 from ..models.memory import FLOAT32, INT32, Method, training_memory
+from ..models.softmax import log_chance
 from ..parallel.placement import split
 
 # Forward, backward to the inputs, backward to the weights; a multiply-add is two operations.
 _OPERATIONS_PER_MULTIPLY_ADD = 6
+_INT64 = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +51,9 @@ class Layout:
     """A training step on each device. Bytes and seconds are of one device and step.
 
     all_to_all_bytes: what a device sends of tokens to experts and back, forward and backward: each token goes
-    once to every other device that has an expert for it, and as much comes back. all_reduce_bytes: gradients
-    of what is copied, as a ring sends them. in_turn_seconds, overlapped_seconds: arithmetic, memory and
+    once to every other device that has an expert for it, and as much comes back. word_bytes: the same for
+    words that are spread: numbers, rows and hidden values. all_reduce_bytes: gradients of what is copied, as
+    a ring sends them. in_turn_seconds, overlapped_seconds: arithmetic, memory and
     network one after the other, or all at once. tflops: the paper's measure, in the better case.
     """
 
@@ -58,6 +63,7 @@ class Layout:
     rows_per_expert: float = field(metadata={"doc": "tokens of a step for each expert, k b / n"})
     memory: int = field(metadata={"doc": "bytes at most at once"})
     all_to_all_bytes: int = field(metadata={"doc": "bytes sent to experts and back"})
+    word_bytes: int = field(metadata={"doc": "bytes sent for words that are spread"})
     all_reduce_bytes: int = field(metadata={"doc": "bytes sent to add up gradients of copies"})
     arithmetic_seconds: float = field(metadata={"doc": "seconds of arithmetic"})
     memory_seconds: float = field(metadata={"doc": "seconds of weights, gradients and optimizer in memory"})
@@ -96,12 +102,13 @@ def lay_out(
     memory = training_memory(config, method)
     copied = (memory.others + (0 if method.spread_words else memory.tables)) // FLOAT32
     sent = _all_to_all_bytes(config, devices, tokens)
+    of_words = micro_batches * _word_bytes(config, method) if method.spread_words else 0
     reduced = round(2 * (devices - 1) / devices * copied * FLOAT32)
     seconds = (
         _busiest_flops(config, devices) * tokens / (machine.flops * machine.efficiency),
         # Weights are read forward and backward, and with gradients and state read and written by the update.
         (4 * memory.weights + 2 * memory.gradients + 2 * memory.optimizer) / machine.memory_bandwidth,
-        (sent + reduced) / machine.bandwidth,
+        (sent + of_words + reduced) / machine.bandwidth,
     )
     num_experts = config.num_experts if isinstance(config, MixtureLM) else 0
     return Layout(
@@ -111,6 +118,7 @@ def lay_out(
         rows_per_expert=rows_per_expert(config, batch_tokens),
         memory=memory.peak,
         all_to_all_bytes=sent,
+        word_bytes=of_words,
         all_reduce_bytes=reduced,
         arithmetic_seconds=seconds[0],
         memory_seconds=seconds[1],
@@ -162,6 +170,29 @@ def _all_to_all_bytes(config: LanguageModelConfig, devices: int, tokens: int) ->
     rows = tokens * _devices_reached(config, devices) * elsewhere
     pairs = tokens * config.k * elsewhere
     return round(4 * rows * config.width * FLOAT32 + pairs * (INT32 + 2 * FLOAT32))
+
+
+def _word_bytes(config: LanguageModelConfig, method: Method) -> int:
+    """Of a micro-batch. Each different word's number there, its row back, and the row's gradient there.
+
+    In the softmax over all words the hidden values and numbers of all targets go to all devices instead, a
+    logit and a logsumexp of each come back, and the gradients of both.
+    """
+    elsewhere = (method.devices - 1) / method.devices
+    asked = _different_words(config, method.tokens)
+    if config.softmax_samples:
+        among = _different_words(config, method.tokens + config.softmax_samples)
+        of_softmax = among * (INT32 + 2 * (config.width + 1) * FLOAT32)
+    else:
+        to_all = method.devices * method.tokens
+        of_softmax = to_all * (_INT64 + 2 * (config.width + 2) * FLOAT32)
+    return round(elsewhere * (asked * (INT32 + 2 * config.width * FLOAT32) + of_softmax))
+
+
+def _different_words(config: LanguageModelConfig, number: int) -> float:
+    """Among so many words, if they are as frequent as a sampled softmax's candidates."""
+    word_V = torch.arange(config.vocab_size)
+    return float(log_chance(word_V, num_samples=number, vocab_size=config.vocab_size).exp().sum())
 
 
 def _devices_reached(config: MixtureLM, devices: int) -> float:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from threading import Thread
@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ..parallel.distribute import add_up_gradients, gradient_norm, in_nodes
+from ..parallel.distribute import gradient_norm, in_nodes
+from ..parallel.gradients import GradientSums
 from ..parallel.placement import split
 from ..parallel.sums import sum_over_ranks
 from .gradients import gradients_of
@@ -37,7 +38,8 @@ class Ranks:
     """This process among those of a run.
 
     mesh: of one dimension, "expert"; None: it is alone. nodes: the same ranks by node, where tokens are to
-    cross once between these; None: they go straight to ranks.
+    cross once between these; None: they go straight to ranks. gradient_group: the same ranks once more, for
+    sums that begin while tokens travel; None: gradients are not added up by these.
 
     Every method is called by all ranks together.
     """
@@ -46,10 +48,13 @@ class Ranks:
     num_ranks: int
     mesh: DeviceMesh | None
     nodes: DeviceMesh | None = None
+    gradient_group: dist.ProcessGroup | None = None
 
     @staticmethod
-    def of_mesh(mesh: DeviceMesh) -> "Ranks":
-        return Ranks(rank=mesh.get_local_rank(), num_ranks=mesh.size(), mesh=mesh)
+    def of_mesh(mesh: DeviceMesh, *, gradient_group: dist.ProcessGroup | None = None) -> "Ranks":
+        return Ranks(
+            rank=mesh.get_local_rank(), num_ranks=mesh.size(), mesh=mesh, gradient_group=gradient_group
+        )
 
     def over_nodes(self, environment: Mapping[str, str]) -> "Ranks":
         """The same ranks, with the nodes that the launcher tells of. ValueError: these differ in size."""
@@ -95,10 +100,12 @@ class Ranks:
         """The first rank's number."""
         return self.sum(value if self.is_first else 0.0)[0]
 
-    def add_up_gradients(self, model: nn.Module) -> None:
-        """Leave in `.grad` the gradients of the sum of the ranks' losses."""
-        if self.mesh is not None:
-            add_up_gradients(model, self.mesh)
+    def adding_up_gradients(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Leave in `.grad` those of the sum of the ranks' losses, after a block with the last backward."""
+        if self.mesh is None:
+            return nullcontext()
+        assert self.gradient_group is not None
+        return GradientSums(model, self.mesh, self.gradient_group).overlap()
 
     def gradient_norm(self, model: nn.Module) -> float:
         """The global norm of these."""
@@ -247,9 +254,12 @@ def ranks_of_process(device: torch.device, *, timeout_s: float) -> Iterator[Rank
         world_size=num_ranks,
     )
     try:
-        yield Ranks.of_mesh(
-            init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("expert",))
-        )
+        mesh = init_device_mesh(device.type, (num_ranks,), mesh_dim_names=("expert",))
+        gradient_group = dist.new_group(timeout=timedelta(seconds=timeout_s))
+        assert isinstance(gradient_group, dist.ProcessGroup)
+        # NCCL connects at a group's first collective, which is not to be amid a backward pass.
+        dist.barrier(gradient_group)
+        yield Ranks.of_mesh(mesh, gradient_group=gradient_group)
     finally:
         dist.destroy_process_group()
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -78,10 +79,10 @@ def compute_gradient(
         loss = losses.trained / num_tokens + part_balance
         is_finite = is_finite and bool(loss.isfinite())
         if is_finite or ranks.num_ranks > 1:  # or the weights that are updated in backward would be spoiled
-            loss.backward()
+            with ranks.adding_up_gradients(model) if part is parts[-1] else nullcontext():
+                loss.backward()
         nll, part_losses = nll + (losses.nll / num_tokens).item(), part_losses + part_balance.item()
         outputs.append((output.sums, output.state))
-    ranks.add_up_gradients(model)
     sums = ranks.total(add_sums([pytree.tree_map(torch.Tensor.detach, s) for s, _ in outputs]))
     nll, part_losses = ranks.sum(nll, part_losses)
     return Gradient(
