@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.planned_memory import CASES, row
 from sparsegate.models import FeedForwardLM, MixtureLM, RecurrentLM, build
-from sparsegate.models.memory import Memory, Method, available_memory, require_memory, training_memory
+from sparsegate.models.memory import Memory, Method, require_memory, training_memory
 from sparsegate.recipes.registry import recipe
 from sparsegate.training.config import OptimConfig, RunConfig
 from sparsegate.training.making import with_optimizers
@@ -120,8 +120,6 @@ def test_a_model_that_is_too_large_is_refused_with_both_figures():
         ValueError, match=r"model: training it takes about [0-9.]+ GiB, and 24\.0 GiB are free"
     ):
         require_memory(config, Method(tokens=2048), available=24 * 2**30)
-    free = available_memory(torch.device("cpu"))
-    assert free is None or free > 2**20
 
 
 @pytest.mark.nightly
