@@ -102,6 +102,14 @@ def test_nothing_is_allocated_on_the_meta_device(kind):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
+def test_a_vocabulary_of_no_more_words_than_samples_is_trained_whole(kind):
+    words = CONFIGS[kind].vocab_size
+    for samples, sampled in ((4, 4), (words - 1, words - 1), (words, 0), (words + 1, 0)):
+        config = replace(CONFIGS[kind], softmax_samples=samples)
+        assert config.sampled_words == build(config, device="meta").softmax.num_samples == sampled
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_every_parameter_has_the_dtype_that_was_asked_for(kind):
     model = build(CONFIGS[kind], dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

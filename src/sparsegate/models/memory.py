@@ -136,7 +136,7 @@ def _table_state(config: LanguageModelConfig, softmax: Softmax, method: Method) 
     if not method.sparse_rows:
         return (embedding + rest) * 2 * FLOAT32
     by_rows = embedding * FLOAT32 + words * 8
-    if config.softmax_samples:
+    if config.sampled_words:
         return 2 * by_rows + words * 2 * FLOAT32
     return by_rows + rest * 2 * FLOAT32
 
@@ -163,8 +163,8 @@ def _table_gradients(config: LanguageModelConfig, softmax: Softmax, method: Meth
     if method.sparse_rows:
         # On average a device is asked for as many rows as it asks for.
         embedding = min(embedding, method.tokens)
-        if config.softmax_samples:
-            rest = min(words, method.tokens + config.softmax_samples) * (config.width + 1)
+        if samples := config.sampled_words:
+            rest = min(words, method.tokens + samples) * (config.width + 1)
     return (embedding * config.width + rest) * FLOAT32
 
 
@@ -194,7 +194,7 @@ def _mixture(config: MixtureLM, noise_width: int, method: Method) -> int:
 def _softmax(config: LanguageModelConfig, softmax: Softmax, method: Method) -> int:
     """Log-probabilities, and the most of their gradient and that of the logits; and the candidates' rows."""
     tokens = method.tokens
-    if samples := config.softmax_samples:
+    if samples := config.sampled_words:
         logits = tokens * (4 * samples if is_plain(tokens, samples) else block_words(tokens))
         return (logits + 2 * (tokens + samples) * config.width) * FLOAT32
     if method.spread_words:
