@@ -20,6 +20,7 @@ from sparsegate import (
 )
 from sparsegate.models import FeedForwardLM, MixtureLM, RecurrentLM, build
 from sparsegate.models.gates import NoisyTopKGate
+from sparsegate.models.holding import Everything
 from tests.helpers.model_cases import CONFIGS, GATES, WIDTH, with_gate
 
 VOCAB_SIZE = 793_471
@@ -99,6 +100,21 @@ def test_embedding_and_softmax_are_two_tables(name):
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_nothing_is_allocated_on_the_meta_device(kind):
     assert {p.device.type for p in build(CONFIGS[kind], device="meta").parameters()} == {"meta"}
+
+
+def test_experts_are_made_on_a_device_of_their_own():
+    model = build(CONFIGS["mixture"], device="cpu", holding=Everything(experts_on=torch.device("meta")))
+    experts = set(model.expert_parameters())
+    assert experts
+    assert {(p in experts, p.device.type) for p in model.parameters()} == {(True, "meta"), (False, "cpu")}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_vocabulary_of_no_more_words_than_samples_is_trained_whole(kind):
+    words = CONFIGS[kind].vocab_size
+    for samples, sampled in ((4, 4), (words - 1, words - 1), (words, 0), (words + 1, 0)):
+        config = replace(CONFIGS[kind], softmax_samples=samples)
+        assert config.sampled_words == build(config, device="meta").softmax.num_samples == sampled
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -124,7 +124,7 @@ def test_a_step_takes_what_the_roofline_says():
     machine = Machine(devices=4, flops=1e12, efficiency=0.5, memory_bandwidth=1e12, bandwidth=1e9)
     layout = laid("moe-32", machine)
     counted = plan(recipe("moe-32").model)
-    flops = 6 * (counted.ops_per_timestep + 512 * 793_471) * 2048
+    flops = 6 * (counted.ops_per_timestep + 512 * 8192) * 2048
     assert layout.arithmetic_seconds == pytest.approx(flops / 5e11)
     assert layout.network_seconds == (layout.all_to_all_bytes + layout.all_reduce_bytes) / 1e9
     times = (layout.arithmetic_seconds, layout.memory_seconds, layout.network_seconds)
@@ -153,8 +153,10 @@ def test_one_device_sends_nothing():
 
 
 def test_a_sampled_softmax_counts_its_candidates():
-    model = replace(recipe("moe-4").model, softmax_samples=8192)
-    assert arithmetic_flops(model) == 6 * (plan(model).ops_per_timestep + 512 * 8192)
+    sampled = recipe("moe-4").model
+    full = replace(sampled, softmax_samples=0)
+    for model, words in ((sampled, 8192), (full, 793_471)):
+        assert arithmetic_flops(model) == 6 * (plan(model).ops_per_timestep + 512 * words)
 
 
 def test_more_devices_hold_fewer_experts_each_and_take_less_memory():

@@ -30,6 +30,13 @@ def test_every_recipe_is_the_same_after_json(name: str):
     assert from_json(RunConfig, to_json(recipe(name))) == recipe(name)
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_runs_at_the_papers_vocabularies_sample_8192_words_and_others_none(name: str):
+    model = recipe(name).model
+    samples = 8192 if model.kind != "translation" and model.vocab_size >= 100_000 else 0
+    assert model.softmax_samples == model.sampled_words == samples
+
+
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_runs_are_as_the_paper_says(name: str):
     config = recipe(name)

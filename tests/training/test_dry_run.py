@@ -110,7 +110,8 @@ def test_more_ranks_than_experts_are_refused():
 
 def test_an_adaptive_softmax_whose_words_are_spread_is_refused():
     config = replace_by_path(
-        recipe("moe-32"), {"training.vocabulary": "sharded", "model.softmax_cutoffs": (1000,)}
+        recipe("moe-32"),
+        {"training.vocabulary": "sharded", "model.softmax_cutoffs": (1000,), "model.softmax_samples": 0},
     )
     with pytest.raises(ValueError, match=r"training\.vocabulary \(sharded\) must be replicated with model"):
         dry_run(config, num_ranks=2)

@@ -30,7 +30,7 @@ sparsegate plan moe-256
 sparsegate plan moe-32 --model.num-experts 64 --json
 sparsegate plan news-moe-65536-h --devices 64 --memory 80GiB --optim.experts factored
 sparsegate plan news-moe-131072-h --devices 1024 --dry-run
-sparsegate plan moe-4096-h --memory 24GiB --optim.experts factored --optim.in-backward true
+sparsegate plan moe-4096-h --memory 80GiB --optim.experts factored --optim.in-backward true
 sparsegate plan translation-moe-2048-h
 """
 
@@ -172,7 +172,7 @@ def _rows(section: "DataclassInstance") -> list[tuple[str, ...]]:
 def _shown(doc: str, number: float) -> tuple[str, str]:
     if isinstance(number, int):
         return f"{number:,}", gibibytes(number) if "bytes" in doc else ""
-    return f"{number:,.4g}", ""
+    return f"{number:,.0f}" if number.is_integer() and number < 1e9 else f"{number:,.4g}", ""
 
 
 def _values(section: "DataclassInstance") -> Iterator[tuple[Field[Any], Any]]:

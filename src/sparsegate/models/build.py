@@ -89,7 +89,7 @@ def _language_model(
         width=config.width,
         layers=layers,
         dropout=config.dropout,
-        softmax_samples=config.softmax_samples,
+        softmax_samples=config.sampled_words,
         softmax_cutoffs=cutoffs,
         holding=holding,
         device=device,

@@ -26,7 +26,8 @@ class Common:
         default=0,
         metadata={
             "doc": "words that a step of training tells targets from (sampled softmax, for large "
-            "vocabularies, frequent words first; the training loss is then no likelihood); 0: all words"
+            "vocabularies, frequent words first; the training loss is then no likelihood); 0: all words, "
+            "as of a vocabulary that has no more than these"
         },
     )
     softmax_cutoffs: tuple[int, ...] = field(
@@ -48,7 +49,7 @@ class Common:
         if self.softmax_cutoffs and self.softmax_samples:
             raise ValueError(
                 f"model.softmax-samples ({self.softmax_samples}) must be 0 with model.softmax-cutoffs, whose "
-                "loss is over all words"
+                "loss is over all words; add --model.softmax-samples 0"
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout ({self.dropout}) must be at least 0 and below 1")
@@ -63,6 +64,11 @@ class Common:
                 f"model.width ({self.width}) must equal the LSTMs' output ({output}), for the residual "
                 f"connections; set model.lstm-projection {self.width} or model.lstm-units {self.width}"
             )
+
+    @property
+    def sampled_words(self) -> int:
+        """`softmax_samples`, or 0 where the vocabulary has no more words: all are exact, and cost less."""
+        return self.softmax_samples if self.softmax_samples < self.vocab_size else 0
 
     def gates(self) -> tuple[GateConfig, ...]:
         """Of all mixtures in the model."""

@@ -32,10 +32,16 @@ class TableOptions:
 
 
 class Holding(ABC):
-    """Decides, while a model is built, which of its stacked parts are made in this process.
+    """Decides, while a model is built, which of its stacked parts are made in this process, and where.
 
     Whatever is made has the weights that it has in the whole model.
+
+    experts_on: the device of the experts; None: where the rest of the model is. They are the part that may
+    fit there alone, and their weights are the same on every device.
     """
+
+    def __init__(self, *, experts_on: torch.device | None = None) -> None:
+        self.experts_on = experts_on
 
     @abstractmethod
     def experts(self, make: Callable[[range], Experts], num_experts: int) -> Experts:

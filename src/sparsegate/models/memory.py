@@ -6,7 +6,6 @@ pass. What is not: the program itself (some 400 MB with torch), and the allocato
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -18,7 +17,6 @@ from .cross_entropy import block_words, is_plain
 from .language_model import LanguageModel
 from .softmax import Part, Softmax
 
-MEMINFO = Path("/proc/meminfo")
 FLOAT32, INT32, BFLOAT16, BOOL, STEP = 4, 4, 2, 1, 8
 
 
@@ -109,7 +107,7 @@ def training_memory(config: LanguageModelConfig, method: Method) -> Memory:
 def require_memory(config: LanguageModelConfig, method: Method, *, available: int) -> None:
     """Refuse a model that cannot be trained in so many bytes, before any of them is taken.
 
-    ValueError with both figures. available: see `available_memory`.
+    ValueError with both figures. available: see `free_memory.py`.
     """
     needed = training_memory(config, method).peak
     if needed > available:
@@ -117,16 +115,6 @@ def require_memory(config: LanguageModelConfig, method: Method, *, available: in
             f"model: training it takes about {needed / 2**30:,.1f} GiB, and {available / 2**30:,.1f} GiB are "
             "free; use --optim.experts factored, more --training.micro-batches, or fewer experts"
         )
-
-
-def available_memory(device: torch.device) -> int | None:
-    """Bytes that are free on a GPU, or for the CPU as Linux tells it; None where nobody tells."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if not MEMINFO.exists():
-        return None
-    lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024
 
 
 def _local_shape(stack: nn.Parameter, method: Method) -> torch.Size:
@@ -148,7 +136,7 @@ def _table_state(config: LanguageModelConfig, softmax: Softmax, method: Method) 
     if not method.sparse_rows:
         return (embedding + rest) * 2 * FLOAT32
     by_rows = embedding * FLOAT32 + words * 8
-    if config.softmax_samples:
+    if config.sampled_words:
         return 2 * by_rows + words * 2 * FLOAT32
     return by_rows + rest * 2 * FLOAT32
 
@@ -175,8 +163,8 @@ def _table_gradients(config: LanguageModelConfig, softmax: Softmax, method: Meth
     if method.sparse_rows:
         # On average a device is asked for as many rows as it asks for.
         embedding = min(embedding, method.tokens)
-        if config.softmax_samples:
-            rest = min(words, method.tokens + config.softmax_samples) * (config.width + 1)
+        if samples := config.sampled_words:
+            rest = min(words, method.tokens + samples) * (config.width + 1)
     return (embedding * config.width + rest) * FLOAT32
 
 
@@ -206,7 +194,7 @@ def _mixture(config: MixtureLM, noise_width: int, method: Method) -> int:
 def _softmax(config: LanguageModelConfig, softmax: Softmax, method: Method) -> int:
     """Log-probabilities, and the most of their gradient and that of the logits; and the candidates' rows."""
     tokens = method.tokens
-    if samples := config.softmax_samples:
+    if samples := config.sampled_words:
         logits = tokens * (4 * samples if is_plain(tokens, samples) else block_words(tokens))
         return (logits + 2 * (tokens + samples) * config.width) * FLOAT32
     if method.spread_words:

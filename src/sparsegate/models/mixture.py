@@ -82,7 +82,7 @@ def build_mixture(
             storage=torch.bfloat16 if config.expert_dtype == "bfloat16" else None,
             recompute=config.recompute,
             own=own,
-            device=device,
+            device=device if holding.experts_on is None else holding.experts_on,
             dtype=dtype,
         )
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..models.holding import EVERYTHING, Embedding, Holding, TableOptions
@@ -27,7 +28,9 @@ class HoldingOfRank(Holding):
         nodes: DeviceMesh | None = None,
         num_pieces: int = 1,
         shares_words: bool = False,
+        experts_on: torch.device | None = None,
     ) -> None:
+        super().__init__(experts_on=experts_on)
         self.mesh = mesh
         self.nodes = nodes
         self.num_pieces = num_pieces

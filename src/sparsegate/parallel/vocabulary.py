@@ -18,8 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..models.cross_entropy import target_and_logsumexp
 from ..models.softmax import Part, Softmax, draw_log_uniform, nll_among
-from ..moe.drawing import draw_normal
 from ..moe.routing import count
+from .drawing import draw_rows
 from .exchange import Rows, exchange
 from .placement import words_of
 
@@ -46,7 +46,7 @@ class ShardedEmbedding(nn.Module):
         self.mesh = mesh
         self.weight = nn.Parameter(torch.empty(len(own), width, device=device, dtype=dtype))
         for deviation in (1.0, std):  # torch's embedding has drawn once before it is given its weights
-            draw_normal(self.weight, std=deviation, own=own, num_rows=vocab_size)
+            draw_rows(self.weight, std=deviation, own=own, num_rows=vocab_size)
 
     def forward(self, word: Tensor) -> Tensor:
         """Rows [..., width] of words int64 [...]."""
@@ -78,7 +78,7 @@ class ShardedSoftmax(Softmax):
         self.mesh = mesh
         self.weight = nn.Parameter(torch.empty(len(own), width, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(len(own), device=device, dtype=dtype))
-        draw_normal(self.weight, std=width**-0.5, own=own, num_rows=vocab_size)
+        draw_rows(self.weight, std=width**-0.5, own=own, num_rows=vocab_size)
 
     @property
     def device(self) -> torch.device:

@@ -77,8 +77,9 @@ class Layout:
         if self.memory > machine.memory:
             raise ValueError(
                 f"memory ({gibibytes(machine.memory)}) is less than the {gibibytes(self.memory)} that "
-                f"training takes on each of {machine.devices:,} device(s); use more devices "
-                "(--devices), parts of a batch (--training.micro-batches), or --optim.experts factored"
+                f"training takes on each of {machine.devices:,} device(s); use more devices (--devices), "
+                "fewer tokens at once (--training.micro-batches, --batches.batch-words), or optimizers that "
+                "take less (--optim.experts factored, --optim.in-backward true)"
             )
 
 

@@ -2,12 +2,15 @@
 
 The paper does not state the vocabulary, the dropout, the loss weights and the schedule of these runs. Chosen
 here: 100,000 words, which fit every total of the table; no dropout, since no text is read twice; the weights
-and the schedule of the smaller corpus.
+and the schedule of the smaller corpus, and its sampled softmax.
 """
+
+from dataclasses import replace
 
 from ..models import LanguageModelConfig, MixtureLM, RecurrentLM
 from ..models.gates import GateConfig, HierarchicalGate, NoisyTopKGate
 from ..training.config import OptimConfig, RunConfig, SentencesConfig, TrainingConfig
+from .paper import SAMPLES
 
 VOCABULARY = 100_000
 WIDTH = 512
@@ -17,7 +20,7 @@ def _run(name: str, model: LanguageModelConfig) -> RunConfig:
     """One pass over 100 billion words in batches of about 2.5 million: 40,000 steps."""
     return RunConfig(
         name=name,
-        model=model,
+        model=replace(model, softmax_samples=SAMPLES),
         batches=SentencesConfig(batch_words=2_500_000, max_length=128),
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=1000),
         training=TrainingConfig(steps=40_000),

@@ -3,16 +3,18 @@
 The paper leaves open the learning rate, Adam's constants, gradient clipping, the length at which sentences
 are cut and the initialisers. These are choices of this project and stand in `training/config.py` and in the
 layers; the learning rate is worth a search (`sparsegate search`) on any dataset. Of MoE-34M and MoE-143M it
-does not repeat batch, schedule and loss weights: they are those of the others. It trains with a sampled
-softmax, these recipes with the full one, which a dataset's smaller vocabulary may need; at the paper's
-vocabulary add `--model.softmax-samples 8192`.
+does not repeat batch, schedule and loss weights: they are those of the others. It trains by importance
+sampling of the softmax without saying how many words; the work that it cites samples 8,192.
 """
+
+from dataclasses import replace
 
 from ..models import FeedForwardLM, LanguageModelConfig, MixtureLM, RecurrentLM
 from ..models.gates import GateConfig, HierarchicalGate, NoisyTopKGate
 from ..training.config import OptimConfig, RunConfig, SentencesConfig, TrainingConfig
 
 VOCABULARY = 793_471  # of the 1 Billion Word benchmark
+SAMPLES = 8192  # of the softmax, Jozefowicz et al. 2016
 WIDTH = 512
 DROPOUT = 0.1
 
@@ -21,7 +23,7 @@ def _run(name: str, model: LanguageModelConfig) -> RunConfig:
     """10 epochs of 829 million words in batches of about 300,000: 27,000 steps, 1,000 of them warm-up."""
     return RunConfig(
         name=name,
-        model=model,
+        model=replace(model, softmax_samples=SAMPLES),
         batches=SentencesConfig(batch_words=300_000, max_length=128),
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=1000),
         training=TrainingConfig(steps=27_000),

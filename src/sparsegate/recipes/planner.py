@@ -17,14 +17,14 @@ class Plan:
     parameters: all of them. parameters_without_embedding_and_softmax: the column of tables 7 and 8.
     active_parameters: all but those of the experts that a token does not choose.
     ops_per_timestep: multiply-adds per token in the forward pass without the softmax: the paper's metric.
-    ops_per_timestep_with_softmax: with it.
+    ops_per_timestep_with_softmax: with it, over all words, as it is evaluated.
     """
 
     parameters: int = field(metadata={"doc": "parameters"})
     parameters_without_embedding_and_softmax: int = field(metadata={"doc": "  without embedding and softmax"})
     active_parameters: int = field(metadata={"doc": "  active for a token"})
     ops_per_timestep: int = field(metadata={"doc": "multiply-adds per timestep, softmax excluded"})
-    ops_per_timestep_with_softmax: int = field(metadata={"doc": "  with softmax"})
+    ops_per_timestep_with_softmax: int = field(metadata={"doc": "  with softmax, of all words"})
 
 
 @dataclass(frozen=True, kw_only=True)

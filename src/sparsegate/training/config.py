@@ -283,7 +283,7 @@ class RunConfig:
         kind, smoothing = self.batches.kind, self.losses.label_smoothing
         require(kind == "parallel", "batches.kind", kind, "parallel with a translation model")
         require(
-            not (smoothing and self.model.softmax_samples),
+            not (smoothing and self.model.sampled_words),
             "losses.label-smoothing",
             smoothing,
             "0 with model.softmax-samples, as it needs the probabilities of all words",

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..models import LayeredModel, build
+from ..models.holding import Everything
 from ..optim.factored import FactoredAdam
 from ..optim.rows import RowAdam
 from ..parallel.distribute import gather_selection, names_in_one_process
@@ -34,11 +35,15 @@ def make_state(config: RunConfig, ranks: Ranks = ALONE) -> TrainState:
 
 
 def make_model(config: RunConfig, ranks: Ranks, *, device: torch.device) -> LayeredModel:
-    """What the rank holds of a fresh model: nothing else is ever allocated."""
+    """What the rank holds of a fresh model: nothing else is ever allocated.
+
+    Its weights are the same on every device. Experts are made where they stay; the rest, which is small, is
+    made on the CPU and moved.
+    """
     torch.manual_seed(derived_seed(Draw.WEIGHTS, config.seed))
-    given_on = torch.device("meta" if device.type == "meta" else "cpu")  # the same weights on every device
+    given_on = torch.device("meta" if device.type == "meta" else "cpu")
     if ranks.mesh is None:
-        return build(config.model, device=given_on).to(device).train()
+        return build(config.model, device=given_on, holding=Everything(experts_on=device)).to(device).train()
     shares_words = config.training.vocabulary == "sharded"
     if config.optim.in_backward:
         raise ValueError("optim.in-backward: is for one process; leave it out, or start without torchrun")
@@ -51,6 +56,7 @@ def make_model(config: RunConfig, ranks: Ranks, *, device: torch.device) -> Laye
         nodes=ranks.nodes,
         num_pieces=config.training.exchange_pieces,
         shares_words=shares_words,
+        experts_on=device,
     )
     model = build(config.model, device=given_on, holding=holding).to(device)
     if config.training.selection == "gathered":

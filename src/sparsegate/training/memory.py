@@ -4,7 +4,8 @@ import os
 from dataclasses import replace
 
 from ..models import MixtureLM, build
-from ..models.memory import BFLOAT16, FLOAT32, Method, available_memory, require_memory
+from ..models.free_memory import available_memory
+from ..models.memory import BFLOAT16, FLOAT32, Method, require_memory
 from ..models.translation import Translation
 from .config import ContinuousConfig, RunConfig, SentencesConfig
 from .making import resolve_device

@@ -7,7 +7,7 @@ import pytest
 from sparsegate.models import MixtureLM
 from sparsegate.recipes.planner import plan
 from sparsegate.recipes.registry import recipe
-from sparsegate.recipes.study.ladder import SCALES, budget_of, member
+from sparsegate.recipes.study.ladder import SCALES, budget_of, for_study, member
 
 LADDERS = [(scale, name) for scale, defaults in SCALES.items() for name in defaults.models]
 
@@ -59,3 +59,9 @@ def test_a_model_of_another_cost_is_refused_with_the_figures(gates):
 def test_a_gate_that_costs_too_much_on_top_is_refused():
     with pytest.raises(ValueError, match="small-moe-4096-h"):
         member("small-moe-4096-h", budget=budget_of(SCALES["laptop"]), gates="on-top")
+
+
+def test_studies_train_with_the_full_softmax():
+    scale, config = SCALES["gpu"], recipe("moe-4")
+    assert config.model.softmax_samples > 0
+    assert for_study(config, scale, batches=scale.batches, dropout=0.0).model.softmax_samples == 0

@@ -52,7 +52,7 @@ def build_translation(
         ),
         dropout=config.dropout,
         share_embedding=config.share_embedding,
-        softmax_samples=config.softmax_samples,
+        softmax_samples=config.sampled_words,
         **options,
     )
 

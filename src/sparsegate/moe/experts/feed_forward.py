@@ -11,5 +11,4 @@ class FeedForward(StackedExperts):
     def reset_parameters(self) -> None:
         """Normal of variance 2/fan_in before the ReLU and 1/fan_in after it: activations keep their size."""
         _, width, hidden = self.w_in.shape
-        self.draw(self.w_in, std=(2 / width) ** 0.5)
-        self.draw(self.w_out, std=hidden**-0.5)
+        self.draw(std_in=(2 / width) ** 0.5, std_out=hidden**-0.5)

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from ..dispatch import plan_rows
-from ..drawing import draw_normal
 from ..kernels.activations import ACTIVATIONS, ActivationName
 from ..kernels.choice import Setting, feed_forward_kernel
 from ..kernels.sink import GradientSink
 from ..precision import autocast_dtype, product_dtype
 from ..routing import Routing
+from .drawing import Normal, draw_experts
 from .experts import Experts
 
 
@@ -65,9 +65,11 @@ class StackedExperts(Experts):
     def reset_parameters(self) -> None:
         """Draw new weights."""
 
-    def draw(self, weight: Tensor, *, std: float) -> None:
-        """Fill one of the weights with normal numbers."""
-        draw_normal(weight, std=std, own=self._own, num_rows=self._num_in_all)
+    def draw(self, *, std_in: float, std_out: float) -> None:
+        """Fill the weights with normal numbers of these deviations; see `draw_experts`."""
+        draw_experts(
+            [Normal(stack=self.w_in, std=std_in), Normal(stack=self.w_out, std=std_out)], own=self._own
+        )
 
     def extra_repr(self) -> str:
         num_experts, hidden, width = self.w_out.shape
@@ -84,10 +86,11 @@ class StackedExperts(Experts):
         part = type(self)(
             width=width,
             hidden=hidden,
-            num_experts=end - first,
+            num_experts=self._num_in_all,
             recompute=self.recompute,
             kernel=self.kernel,
             storage=self.w_in.dtype if self.casts else None,
+            own=self._own[first:end],
             device="meta",
         )
         for name, whole in self.named_parameters():

@@ -16,5 +16,4 @@ class SwiGLU(StackedExperts):
     def reset_parameters(self) -> None:
         """Normal of variance 1/fan_in."""
         _, hidden, width = self.w_out.shape
-        self.draw(self.w_in, std=width**-0.5)
-        self.draw(self.w_out, std=hidden**-0.5)
+        self.draw(std_in=width**-0.5, std_out=hidden**-0.5)

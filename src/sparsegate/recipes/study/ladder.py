@@ -126,10 +126,11 @@ def for_study(config: RunConfig, scale: Scale, *, batches: SentencesConfig, drop
     """The recipe as all models of a study are trained: on sentences, with factored Adam for the experts.
 
     The factored optimizer lets 4,096 experts fit where Adam's two moments would not, so all mixtures have it.
+    The softmax is a full one: the vocabularies of studies allow it, and its loss is exact.
     """
     return replace(
         config,
-        model=replace(config.model, dropout=dropout),
+        model=replace(config.model, dropout=dropout, softmax_samples=0),
         batches=batches,
         optim=OptimConfig(experts="factored", warmup_steps=scale.warmup_steps),
         training=TrainingConfig(
