@@ -7,6 +7,8 @@ from datetime import timedelta
 import torch.distributed as dist
 
 _CURE = "start all ranks, by one torchrun command on each machine"
+# torch asks a store that does not answer for up to twice as long as it is told.
+_TRY_S = 5.0
 
 
 def open_store(environment: Mapping[str, str], *, within_s: float) -> dist.Store:
@@ -18,22 +20,29 @@ def open_store(environment: Mapping[str, str], *, within_s: float) -> dist.Store
     host = environment.get("MASTER_ADDR", "")
     # torchrun's agent keeps the store, unless it was told to leave that to the first rank.
     kept_by_agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    try:
-        store = dist.TCPStore(
-            host,
-            port,
-            world_size=num_ranks,
-            is_master=rank == 0 and not kept_by_agent,
-            timeout=timedelta(seconds=within_s),
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
-    except dist.DistError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"MASTER_ADDR:MASTER_PORT ({host}:{port}): rank {rank} of {num_ranks} cannot meet the others "
-            f"there ({reason}); {_CURE}"
-        ) from error
+    is_master = rank == 0 and not kept_by_agent
+    until = time.monotonic() + within_s
+    while True:
+        try:
+            store = dist.TCPStore(
+                host,
+                port,
+                world_size=num_ranks,
+                is_master=is_master,
+                timeout=timedelta(seconds=min(_TRY_S, within_s)),
+                wait_for_workers=False,
+                multi_tenant=True,
+            )
+            break
+        except dist.DistError as error:
+            if not is_master and time.monotonic() + 2 * _TRY_S < until:
+                continue
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"MASTER_ADDR:MASTER_PORT ({host}:{port}): rank {rank} of {num_ranks} cannot meet the others "
+                f"there ({reason}); {_CURE}"
+            ) from error
+    store.set_timeout(timedelta(seconds=within_s))
     return dist.PrefixStore(f"sparsegate/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
