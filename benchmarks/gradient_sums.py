@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from benchmarks import RESULTS
+from benchmarks.training_speed import random_text
 from sparsegate.benchmarking.measuring import circumstances, markdown, store
-from sparsegate.data.batches import Batch
 from sparsegate.recipes.registry import recipe
 from sparsegate.training.making import make_state
 from sparsegate.training.ranks import Ranks
@@ -74,14 +74,7 @@ def _measure(ranks: Ranks, args: argparse.Namespace) -> dict[str, Tensor]:
     config = replace(config, model=replace(config.model, vocab_size=args.vocabulary))
     model = make_state(config, ranks).model
     torch.manual_seed(1 + ranks.rank)
-    text_BS = torch.randint(args.vocabulary, (args.batch_size, args.num_steps + 1))
-    batch = Batch(
-        input_BS=text_BS[:, :-1],
-        target_BS=text_BS[:, 1:],
-        mask_BS=torch.ones_like(text_BS[:, 1:], dtype=torch.bool),
-        carries_state=False,
-        index=0,
-    )
+    batch = random_text(args)
 
     def step(when: str) -> None:
         parts = list(language_parts(model, batch, {}, config))

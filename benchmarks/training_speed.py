@@ -46,18 +46,23 @@ def main() -> None:
     print(store(RESULTS / "training_speed.json", {**circumstances(), "rows": rows}))
 
 
-def stepper(config: RunConfig, args: argparse.Namespace) -> Callable[[], None]:
-    """A function that trains a fresh model of the configuration for one step."""
-    config = replace(config, model=replace(config.model, vocab_size=args.vocabulary))
-    state = make_state(config)
+def random_text(args: argparse.Namespace) -> Batch:
+    """A batch of the sizes that are given, of words that are equally frequent."""
     text_BS = torch.randint(args.vocabulary, (args.batch_size, args.num_steps + 1))
-    batch = Batch(
+    return Batch(
         input_BS=text_BS[:, :-1],
         target_BS=text_BS[:, 1:],
         mask_BS=torch.ones_like(text_BS[:, 1:], dtype=torch.bool),
         carries_state=False,
         index=0,
     )
+
+
+def stepper(config: RunConfig, args: argparse.Namespace) -> Callable[[], None]:
+    """A function that trains a fresh model of the configuration for one step."""
+    config = replace(config, model=replace(config.model, vocab_size=args.vocabulary))
+    state = make_state(config)
+    batch = random_text(args)
     parts = list(language_parts(state.model, batch, {}, config))
     untrained = compute_gradient(state.model, parts, config)
     assert abs(untrained.nll - math.log(args.vocabulary)) < 1.5, untrained.nll
