@@ -84,8 +84,10 @@ def killed(config: RunConfig, folder: Path, planned: int, chance: random.Random)
         try:
             for number in range(planned):
                 aim = chance.choice([*AIMS])
-                if moment := kill(folder, number, chance.randrange(RANKS), aim, chance):
-                    moments[moment] += 1
+                moment = kill(folder, number, chance.randrange(RANKS), aim, chance)
+                if not moment:
+                    return  # no restart follows
+                moments[moment] += 1
         except BaseException as problem:
             problems.append(problem)
 
