@@ -30,7 +30,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from benchmarks import RESULTS
 from sparsegate import MoE
 from sparsegate.benchmarking.measuring import circumstances, markdown, store
-from sparsegate.parallel.distribute import in_nodes, spread_experts
+from sparsegate.parallel.distribute import spread_experts
+from sparsegate.parallel.meshes import in_nodes
 
 NAMES = ("alone", "spread", "waiting", "bytes", "between")
 

@@ -18,9 +18,9 @@ from sparsegate.moe.layer import MoE
 from sparsegate.moe.losses import importance_loss, load_loss, switch_loss, threshold_loss, z_loss
 from sparsegate.moe.routing import BalanceSums
 from sparsegate.parallel import expert_parallel
-from sparsegate.parallel.distribute import in_nodes
 from sparsegate.parallel.expert_parallel import ExpertParallel
 from sparsegate.parallel.gathered import Gathered
+from sparsegate.parallel.meshes import in_nodes
 from sparsegate.parallel.placement import experts_of
 from sparsegate.parallel.sums import sum_over_ranks
 from tests.helpers.moe_cases import EXPERTS, GATES, NUM_EXPERTS, WIDTH

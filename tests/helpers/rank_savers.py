@@ -131,7 +131,7 @@ def slow_work_of_a_rank(mesh: DeviceMesh, who: int, seconds: float, timeout_s: f
         return f"done by {rank}"
 
     try:
-        return ranks_of(mesh).beside(timeout_s=timeout_s).however_long(work)
+        return Ranks.of_mesh(mesh, timeout_s=timeout_s).beside().however_long(work)
     except ValueError as error:
         return str(error)
 

@@ -22,13 +22,14 @@ from sparsegate.moe.losses import importance_loss, load_loss, threshold_loss
 from sparsegate.moe.routing import BalanceSums
 from sparsegate.parallel.distribute import (
     gradient_norm,
-    in_nodes,
     names_in_one_process,
+    shard_experts,
     shard_the_rest,
     spread_experts,
 )
 from sparsegate.parallel.gradients import GradientSums
 from sparsegate.parallel.holding import HoldingOfRank
+from sparsegate.parallel.meshes import in_nodes
 from sparsegate.parallel.sums import sum_over_ranks
 from tests.helpers.ranks import gradient_group
 
@@ -45,7 +46,8 @@ VOCAB, STEPS, CLIP = 11, 3, 0.5
 class Case:
     """rows: sentences of each rank. selection: as in `spread_experts`. fsdp: the rest is sharded by FSDP2.
 
-    copies: of the experts. per_node: ranks on each node.
+    copies: of the experts. cut: FSDP2 makes one of these copies. per_node: ranks on each node. pieces: of a
+    rank's tokens.
     """
 
     gate: str
@@ -55,12 +57,15 @@ class Case:
     num_updates: int = 10
     num_experts: int = 6
     copies: int = 1
+    cut: bool = False
+    pieces: int = 1
     per_node: int | None = None
     words: bool = False  # the vocabulary is spread as well
     samples: int = 0
 
     def __str__(self) -> str:
-        how = "fsdp-" * self.fsdp + "nodes-" * (self.per_node is not None)
+        how = "fsdp-" * self.fsdp + "nodes-" * (self.per_node is not None) + "cut-" * self.cut
+        how += f"{self.pieces}-pieces-" if self.pieces > 1 else ""
         how += f"words-{self.samples}-" if self.words else ""
         return f"{self.gate}-{self.selection}-{how}{self.copies}-{'+'.join(map(str, self.rows))}"
 
@@ -123,8 +128,10 @@ def train_on_rank(mesh: DeviceMesh, case: Case) -> Trained:
     if case.words:
         model = a_model(case, HoldingOfRank(mesh, nodes=nodes, shares_words=True))
     else:
-        spread_experts(model, mesh, selection=case.selection, nodes=nodes)
+        spread_experts(model, mesh, selection=case.selection, nodes=nodes, num_pieces=case.pieces)
     names = names_in_one_process(model)
+    if case.cut:
+        shard_experts(model, mesh)
     if case.fsdp:
         shard_the_rest(model, mesh)
     gradient_sums = GradientSums(model, mesh, group, bucket_bytes=512)
@@ -188,7 +195,7 @@ def clip(model: torch.nn.Module, norm: float) -> None:
 
 
 def refusals_of_a_rank(mesh: DeviceMesh) -> list[str]:
-    """What is said of a model without mixtures, of a mesh of another purpose, and of uneven nodes."""
+    """What is said of a model without mixtures, of meshes of another purpose, and of uneven nodes."""
     other = DeviceMesh.from_group(mesh.get_group(), "cpu", mesh_dim_names=("tensor",))
     said = []
     for model, given in [(torch.nn.Linear(2, 2), mesh), (a_model(Case("noisy_topk", (1,))), other)]:
@@ -198,6 +205,10 @@ def refusals_of_a_rank(mesh: DeviceMesh) -> list[str]:
             said.append(str(error))
     try:
         in_nodes(mesh, ranks_per_node=3)
+    except ValueError as error:
+        said.append(str(error))
+    try:
+        shard_experts(a_model(Case("noisy_topk", (1,))), mesh)
     except ValueError as error:
         said.append(str(error))
     return said

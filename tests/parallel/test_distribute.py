@@ -28,6 +28,10 @@ CASES = [
     Case("noisy_topk", (1, 2, 0, 2), per_node=2, num_experts=7),
     Case("balanced", (1, 2, 0, 2), per_node=2, selection="gathered"),
     Case("noisy_topk", (1, 2, 0, 2), copies=2, per_node=1),
+    *(Case("noisy_topk", (1, 2, 0, 2), copies=copies, cut=True) for copies in (2, 4)),
+    *(Case("noisy_topk", (1, 2, 0, 2), copies=2, cut=True, fsdp=True, num_experts=n) for n in (2, 3, 7)),
+    Case("hierarchical", (2, 0, 3, 1), copies=2, cut=True, pieces=2, num_experts=9),
+    Case("balanced", (1, 2, 0, 2), copies=2, cut=True, per_node=1),
 ]
 
 
@@ -60,7 +64,8 @@ def test_layers_that_share_their_experts_go_on_sharing_them(ranks):
 
 
 def test_what_cannot_be_spread_is_refused(ranks):
-    no_mixture, no_name, uneven = ranks.run(refusals_of_a_rank, 1)[0]
+    no_mixture, no_name, uneven, no_copies = ranks.run(refusals_of_a_rank, 1)[0]
     assert no_mixture == "model (Linear) has no MoE layer whose experts could be spread"
     assert no_name.startswith("mesh (dimensions tensor) must have the dimension 'expert'")
     assert uneven.startswith("ranks_per_node (3) must divide the number of ranks that share the experts (1)")
+    assert no_copies.startswith("mesh (dimension 'expert' alone) must have the dimension 'data'")

@@ -59,10 +59,53 @@ def test_how_tokens_travel_changes_nothing(configs, alone, ranks, tmp_path):
     assert_alike(ended(tmp_path), alone["language"], tolerance=TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    ("task", "copies", "training"),
+    [
+        ("language", 4, {"background_saves": True}),
+        ("translation", 2, {"exchange": "by_node", "exchange_pieces": 2}),
+    ],
+)
+def test_copies_of_the_experts_change_nothing(task, copies, training, configs, alone, ranks, tmp_path):
+    config = exact(configs[task], expert_copies=copies, **training)
+    assert ranks.run(train_on_rank, 4, config, str(tmp_path)) == [""] * 4
+    assert_alike(ended(tmp_path), alone[task], tolerance=TOLERANCE)
+    written = {path.name for path in checkpoints_of(tmp_path).glob("*/model_part_*")}
+    assert written == {f"model_part_{n}_of_{4 // copies}.safetensors" for n in range(4 // copies)}
+
+
+def test_fewer_experts_than_ranks_have_copies(configs, ranks, tmp_path):
+    """Of a gate that chooses over the batch, and with words that are spread; another number goes on."""
+    config = configs["language"]
+    config = with_gates(replace(config, model=replace(config.model, num_experts=3)), "balanced")
+    few = exact(config, expert_copies=2, selection="gathered", vocabulary="sharded")
+    train(config, folder=tmp_path / "alone")
+    expected = ended(tmp_path / "alone")
+    assert ranks.run(train_on_rank, 4, few, str(tmp_path / "ranks")) == [""] * 4
+    assert_alike(ended(tmp_path / "ranks"), expected, tolerance=TOLERANCE)
+
+    ranks.run(train_on_rank, 4, exact(few, steps=STEPS // 2), str(tmp_path / "fewer"))
+    ranks.run(train_on_rank, 3, exact(few, expert_copies=1), str(tmp_path / "fewer"), True)
+    assert_alike(ended(tmp_path / "fewer"), expected, tolerance=TOLERANCE)
+    train(exact(config, steps=STEPS // 2), folder=tmp_path / "more")
+    ranks.run(train_on_rank, 4, few, str(tmp_path / "more"), True)
+    assert_alike(ended(tmp_path / "more"), expected, tolerance=TOLERANCE)
+
+
+def test_copies_that_ranks_cannot_have_are_refused_once(configs, ranks, tmp_path):
+    config = exact(configs["language"], expert_copies=3)
+    first, *others = ranks.run(train_on_rank, 4, config, str(tmp_path / "run"))
+    assert first.startswith("training.expert-copies (3) must divide the number of processes (4)")
+    assert others == ["told elsewhere"] * 3
+    assert not (tmp_path / "run").exists()
+
+
 def test_machines_with_different_numbers_of_ranks_are_refused_once(configs, ranks, tmp_path):
     config = exact(configs["language"], exchange="by_node")
     first, *others = ranks.run(train_on_rank, 3, config, str(tmp_path / "run"))
-    assert first.startswith("LOCAL_WORLD_SIZE (2) must divide the number of processes (3)")
+    assert first.startswith(
+        "LOCAL_WORLD_SIZE (2) must divide the number of processes that share the experts (3)"
+    )
     assert others == ["told elsewhere"] * 2
     assert not (tmp_path / "run").exists()
 

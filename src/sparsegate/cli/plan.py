@@ -103,11 +103,14 @@ def run(args: Namespace) -> int:
             method,
             batch_tokens=tokens,
             micro_batches=args.config.training.micro_batches,
+            expert_copies=args.config.training.expert_copies,
         )
         parts |= {"machine": asdict(machine), "layout": asdict(layout)}
         tables += [("the machine", _rows(machine)), ("a step of training, on each device", _rows(layout))]
     if machine is not None and args.dry_run:
-        planned = training_memory(model, replace(method, devices=machine.devices))
+        planned = training_memory(
+            model, replace(method, devices=machine.devices // args.config.training.expert_copies)
+        )
         found = dry_run(args.config, num_ranks=machine.devices)
         found.require(planned)
         parts["dry_run"] = asdict(found)

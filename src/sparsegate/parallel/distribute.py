@@ -12,7 +12,8 @@ the balance losses of the sums that `sum_over_ranks` gives; gradients are added 
 averaged. Those of the experts then need no factor: the tokens of all ranks came to them. They are the
 gradients of one process on the joined batch.
 
-A mesh of the dimensions "data" and "expert" has several copies of the experts: one for each index of "data".
+A mesh of the dimensions "data" and "expert" has several copies of the experts, one for each index of "data".
+`shard_experts` makes one of these copies, cut over the ranks that would have one each.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,16 +23,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from ..moe.experts.experts import Experts
 from ..moe.layer import MoE
 from .expert_parallel import ExpertParallel
 from .gathered import Gathered
 from .holding import HoldingOfRank
+from .meshes import DATA, EXPERT, dimensions
 from .vocabulary import ShardedEmbedding, ShardedSoftmax
-
-EXPERT, DATA, NODE = "expert", "data", "node"
 
 
 def spread_experts(
@@ -52,7 +52,7 @@ def spread_experts(
     num_pieces: that a rank's tokens are cut into, so that one travels while another is computed.
     ValueError: no MoE in the model, fewer experts than ranks, or another mesh.
     """
-    _dimensions(mesh)
+    dimensions(mesh)
     holding = HoldingOfRank(mesh[EXPERT], nodes=nodes, num_pieces=num_pieces)
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     if not layers:
@@ -72,24 +72,32 @@ def gather_selection(model: nn.Module, mesh: DeviceMesh) -> None:
         moe.gate = Gathered(moe.gate, mesh=mesh[EXPERT]).train(moe.training)
 
 
-def in_nodes(mesh: DeviceMesh, *, ranks_per_node: int) -> DeviceMesh:
-    """The ranks that share the experts as nodes, and the ranks of each node; called by all ranks together.
+def shard_experts(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Give the experts to FSDP2, for those that outgrow a rank: one copy of them, cut over "data".
 
-    ranks_per_node: consecutive ranks of the dimension "expert", between which traffic is cheap. ValueError:
-    it does not divide the number of these ranks.
+    After `spread_experts`, before optimizers are made. The ranks of a column of the mesh, which would have a
+    copy each of the same experts, have equal parts of their weights, gradients and optimizer state instead. A
+    layer's weights are whole on a rank while it computes, forward and backward. FSDP2 adds up their gradients
+    over "data"; `GradientSums` skips them. ValueError: the mesh has no dimension "data".
     """
-    names = _dimensions(mesh)
-    place = names.index(EXPERT)
-    if mesh.size(place) % ranks_per_node:
+    if DATA not in dimensions(mesh):
         raise ValueError(
-            f"ranks_per_node ({ranks_per_node}) must divide the number of ranks that share the experts "
-            f"({mesh.size(place)}): start equally many on each node"
+            f"mesh (dimension {EXPERT!r} alone) must have the dimension {DATA!r}, over which experts are cut"
         )
-    ranks = mesh.mesh.unflatten(place, (-1, ranks_per_node))
-    by_node = DeviceMesh(
-        mesh.device_type, ranks, mesh_dim_names=(*names[:place], NODE, EXPERT, *names[place + 1 :])
-    )
-    return by_node[NODE, EXPERT]
+    copies = mesh[DATA].size()
+    for experts in _spread(model):
+        fully_shard(
+            experts.experts,
+            mesh=mesh[DATA],
+            reshard_after_forward=True,
+            shard_placement_fn=lambda parameter: Shard(_axis_to_cut(parameter, copies)),
+        )
+    _add_up_gradients(model)
+
+
+def _axis_to_cut(parameter: nn.Parameter, num_parts: int) -> int:
+    """The first that is cut evenly; experts where none is, which FSDP2 alone takes apart unevenly."""
+    return next((axis for axis, size in enumerate(parameter.shape) if size % num_parts == 0), 0)
 
 
 def shard_the_rest(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -99,6 +107,11 @@ def shard_the_rest(model: nn.Module, mesh: DeviceMesh) -> None:
     `ignored_params=set(expert_parameters(model))`.
     """
     fully_shard(model, mesh=mesh, ignored_params=set(spread_parameters(model)))
+    _add_up_gradients(model)
+
+
+def _add_up_gradients(model: nn.Module) -> None:
+    """FSDP2 would take their mean."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -159,17 +172,6 @@ def _inner(module: nn.Module) -> tuple[str, ...]:
 
 def _spread(model: nn.Module) -> Iterator[ExpertParallel]:
     return (module for module in model.modules() if isinstance(module, ExpertParallel))
-
-
-def _dimensions(mesh: DeviceMesh) -> tuple[str, ...]:
-    """The names of the mesh's dimensions. ValueError: it has others than it must."""
-    names = mesh.mesh_dim_names or ()
-    if EXPERT not in names or not set(names) <= {EXPERT, DATA}:
-        raise ValueError(
-            f"mesh (dimensions {', '.join(names) or 'without names'}) must have the dimension {EXPERT!r}, "
-            f"and may have {DATA!r}: init_device_mesh(..., mesh_dim_names=({DATA!r}, {EXPERT!r}))"
-        )
-    return names
 
 
 def _squared_norm(gradients: list[Tensor | None], mesh: DeviceMesh) -> Tensor:

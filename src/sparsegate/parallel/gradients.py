@@ -22,7 +22,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from .distribute import DATA, spread_parameters
+from .distribute import spread_parameters
+from .meshes import DATA
 
 # As in torch's DistributedDataParallel.
 BUCKET_BYTES = 25 * 2**20

@@ -90,30 +90,42 @@ def lay_out(
     *,
     batch_tokens: int,
     micro_batches: int,
+    expert_copies: int = 1,
 ) -> Layout:
-    """A step of `batch_tokens` tokens in all. method: its `tokens` are replaced by what a device reads.
+    """A step of `batch_tokens` tokens in all.
 
-    ValueError: there are more devices than tokens.
+    method: its `tokens` are replaced by what a device reads, its `devices` by those that share the experts.
+    expert_copies: of all experts, each on as many devices as there are for it.
+
+    ValueError: there are more devices than tokens, or the copies do not divide them.
     """
     devices = machine.devices
+    if devices % expert_copies:
+        raise ValueError(
+            f"training.expert-copies ({expert_copies:,}) must divide the number of devices ({devices:,})"
+        )
+    sharing = devices // expert_copies
     if devices > batch_tokens:
         raise ValueError(f"devices ({devices:,}) must not exceed the {batch_tokens:,} tokens of a batch")
     tokens = -(-batch_tokens // devices)
-    method = replace(method, tokens=-(-tokens // micro_batches), devices=devices)
+    method = replace(method, tokens=-(-tokens // micro_batches), devices=sharing)
     memory = training_memory(config, method)
     copied = (memory.others + (0 if method.spread_words else memory.tables)) // FLOAT32
-    sent = _all_to_all_bytes(config, devices, tokens)
+    sent = _all_to_all_bytes(config, sharing, tokens)
     of_words = micro_batches * _word_bytes(config, method) if method.spread_words else 0
-    reduced = round(2 * (devices - 1) / devices * copied * FLOAT32)
+    of_a_copy = memory.experts + (memory.tables if method.spread_words else 0)
+    reduced = round(
+        2 * (devices - 1) / devices * copied * FLOAT32 + 2 * (expert_copies - 1) / expert_copies * of_a_copy
+    )
     seconds = (
-        _busiest_flops(config, devices) * tokens / (machine.flops * machine.efficiency),
+        _busiest_flops(config, sharing) * tokens / (machine.flops * machine.efficiency),
         # Weights are read forward and backward, and with gradients and state read and written by the update.
         (4 * memory.weights + 2 * memory.gradients + 2 * memory.optimizer) / machine.memory_bandwidth,
         (sent + of_words + reduced) / machine.bandwidth,
     )
     num_experts = config.num_experts if isinstance(config, MixtureLM) else 0
     return Layout(
-        experts_per_device=num_experts / devices,
+        experts_per_device=num_experts / sharing,
         copied_parameters=copied,
         tokens_per_device=tokens,
         rows_per_expert=rows_per_expert(config, batch_tokens),

@@ -163,6 +163,11 @@ class TrainingConfig:
         "process, or of all, as one process would",
         "rank",
     )
+    expert_copies: int = option(
+        "on several processes, copies of all experts, each shared by as many processes as there are for it: "
+        "tokens travel among these alone, and the copies' gradients are added up",
+        1,
+    )
     exchange: Literal["direct", "by_node"] = option(
         "on several machines, how tokens travel to their experts: to each process straight, or once to each "
         "machine and on from there, which sends less between machines and more within",
@@ -210,8 +215,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         require(self.timeout > 0, "training.timeout", self.timeout, "above 0")
         positive = (
-            "steps micro_batches exchange_pieces evaluate_every checkpoint_every keep_checkpoints log_every "
-            "max_nonfinite"
+            "steps micro_batches expert_copies exchange_pieces evaluate_every checkpoint_every "
+            "keep_checkpoints log_every max_nonfinite"
         )
         for name in positive.split():
             require(

@@ -55,8 +55,9 @@ def dry_run(config: RunConfig, *, num_ranks: int) -> DryRun:
     most = (0, 0, 0)
     for rank in range(num_ranks):
         with fake_rank(rank, num_ranks) as ranks:
+            ranks = ranks.with_copies(config.training.expert_copies)
             model = make_model(config, ranks, device=torch.device("meta"))
-            for name, number in experts_held(model).items():
+            for name, number in experts_held(model).items() if ranks.has_first_copy else ():
                 held.setdefault(name, []).append(number)
             weights = _bytes(model.parameters())
             if weights > most[0]:

@@ -70,6 +70,7 @@ def train(
             check_run_folder(folder, config, resume=resume)
             require_memory_for(config, ranks)
         ranks.require_same(what_is_learned(config))
+        ranks = ranks.with_copies(config.training.expert_copies)
         if config.training.exchange == "by_node":
             ranks = ranks.over_nodes(os.environ)
         with ranks.together():
@@ -85,7 +86,7 @@ def train(
         stack.enter_context(reporter)
         if config.training.background_saves:
             # The writer's thread calls its like on the other ranks while this thread does the same.
-            run.writing = ranks.beside(timeout_s=config.training.timeout)
+            run.writing = ranks.beside()
         stack.enter_context(run.writer)
         stop = stack.enter_context(stop_requests())
         run.resume_or_start()

@@ -14,6 +14,7 @@ from ..optim.factored import FactoredAdam
 from ..optim.rows import RowAdam
 from ..parallel.distribute import gather_selection, names_in_one_process
 from ..parallel.holding import HoldingOfRank
+from ..parallel.meshes import EXPERT
 from .checkpoint import checkpoint_name, latest_checkpoint
 from .config import RunConfig
 from .noise import Draw, derived_seed
@@ -42,7 +43,8 @@ def make_model(config: RunConfig, ranks: Ranks, *, device: torch.device) -> Laye
     """
     torch.manual_seed(derived_seed(Draw.WEIGHTS, config.seed))
     given_on = torch.device("meta" if device.type == "meta" else "cpu")
-    if ranks.mesh is None:
+    mesh = ranks.expert_mesh
+    if ranks.mesh is None or mesh is None:
         return build(config.model, device=given_on, holding=Everything(experts_on=device)).to(device).train()
     shares_words = config.training.vocabulary == "sharded"
     if config.optim.in_backward:
@@ -52,7 +54,7 @@ def make_model(config: RunConfig, ranks: Ranks, *, device: torch.device) -> Laye
             "optim.tables (rows): is for one process, or for training.vocabulary sharded; set the latter"
         )
     holding = HoldingOfRank(
-        ranks.mesh,
+        mesh[EXPERT],
         nodes=ranks.nodes,
         num_pieces=config.training.exchange_pieces,
         shares_words=shares_words,
@@ -60,7 +62,7 @@ def make_model(config: RunConfig, ranks: Ranks, *, device: torch.device) -> Laye
     )
     model = build(config.model, device=given_on, holding=holding).to(device)
     if config.training.selection == "gathered":
-        gather_selection(model, ranks.mesh)
+        gather_selection(model, ranks.mesh)  # of all, as one process has them
     return model.train()
 
 

@@ -20,23 +20,27 @@ def require_memory_for(config: RunConfig, ranks: Ranks = ALONE) -> None:
         return
     if device.type == "cpu":
         available //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # the ranks of a machine share its memory
+    sharing = max(1, ranks.num_ranks // config.training.expert_copies)
     if isinstance(config.model, Translation):
-        _require_state(config, config.model, ranks.num_ranks, available)
+        _require_state(config, config.model, sharing, available)
     else:
         method = method_of(config)
-        method = replace(method, tokens=-(-method.tokens // ranks.num_ranks), devices=ranks.num_ranks)
+        method = replace(method, tokens=-(-method.tokens // ranks.num_ranks), devices=sharing)
         require_memory(config.model, method, available=available)
 
 
-def _require_state(config: RunConfig, translation: Translation, num_ranks: int, available: int) -> None:
-    """Of translation models, whose activations nobody predicts, what weights, gradients and Adam take."""
+def _require_state(config: RunConfig, translation: Translation, sharing: int, available: int) -> None:
+    """Of translation models, whose activations nobody predicts, what weights, gradients and Adam take.
+
+    sharing: ranks that share the experts.
+    """
     model, optim = build(translation, device="meta"), config.optim
     experts = sum(p.numel() for p in model.expert_parameters())
     others = sum(p.numel() for p in model.parameters()) - experts
     of_expert = BFLOAT16 if "bfloat16" in translation.expert_dtypes() else FLOAT32
     of_expert *= 1 if optim.in_backward else 2
     of_expert += 2 * FLOAT32 if optim.experts == "adam" else 0
-    needed = others * 4 * FLOAT32 + experts // num_ranks * of_expert
+    needed = others * 4 * FLOAT32 + experts // sharing * of_expert
     if needed > available:
         raise ValueError(
             f"model: weights, gradients and optimizer alone take {needed / 2**30:,.1f} GiB, and "

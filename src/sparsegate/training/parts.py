@@ -65,13 +65,12 @@ def group_of(name: str) -> str:
 def digests_of(tensor: Tensor) -> Tensor:
     """SHA-256 of each row: of its dtype and shape, then its bytes. uint8 [E, 32]."""
     kind = hashlib.sha256(f"{tensor.dtype} {[*tensor.shape[1:]]}".encode())
-    rows = tensor.detach().cpu().contiguous().reshape(tensor.shape[0], -1).view(torch.uint8).numpy()
-    digests = bytearray()
-    for row in rows:
+    digests_E32 = torch.empty(len(tensor), 32, dtype=torch.uint8)
+    for row, digest in zip(tensor.detach().cpu().contiguous(), digests_E32.numpy(), strict=True):
         sha256 = kind.copy()
-        sha256.update(row.data)
-        digests += sha256.digest()
-    return torch.frombuffer(digests, dtype=torch.uint8).view(-1, 32)
+        sha256.update(row.flatten().view(torch.uint8).numpy().data)
+        digest[:] = bytearray(sha256.digest())
+    return digests_E32
 
 
 def read_parts(

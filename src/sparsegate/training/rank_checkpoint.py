@@ -96,7 +96,7 @@ def _write(
 
     write_common: writes what else this rank has to.
     """
-    share = Share(rank=ranks.rank, num_ranks=ranks.num_ranks)
+    share = ranks.share
     own: dict[str, Json] = {}
     own_digests: dict[str, Tensor] = {}
 
@@ -104,6 +104,7 @@ def _write(
         written = write_common()
         named = {part_name(group, share): part for group, part in stacked.items()}
         named |= {words_name(group, share): part for group, part in words.items() if part}
+        named = named if ranks.has_first_copy else {}
         for name, part in named.items():
             encoded = encode_tensors(part, name=name)
             written[f"{name}.safetensors"] = write_file(_file(folder, name), encoded.chunks())
@@ -116,7 +117,7 @@ def _write(
     try:
         ranks.however_long(write_own)
     except (OSError, ValueError) as error:
-        problem = f"rank {share.rank}: {error}"
+        problem = f"rank {ranks.rank}: {error}"
     files: dict[str, FileDigest] = {}
     for answer in ranks.tell_all({"problem": problem, "files": own}):
         match answer:

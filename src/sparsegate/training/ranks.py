@@ -14,12 +14,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ..parallel.distribute import gradient_norm, in_nodes
+from ..parallel.distribute import gradient_norm
 from ..parallel.gradients import GradientSums
+from ..parallel.meshes import DATA, EXPERT, in_copies, in_nodes
 from ..parallel.placement import split
 from ..parallel.sums import sum_over_ranks
 from .gradients import gradients_of
 from .meeting import number_of, open_store, wait_for_all
+from .parts import Share
 from .strict_json import Json, parse_json, to_json_bytes
 
 Sums = TypeVar("Sums")
@@ -37,9 +39,11 @@ class ToldElsewhere(ValueError):
 class Ranks:
     """This process among those of a run.
 
-    mesh: of one dimension, "expert"; None: it is alone. nodes: the same ranks by node, where tokens are to
-    cross once between these; None: they go straight to ranks. gradient_group: the same ranks once more, for
-    sums that begin while tokens travel; None: gradients are not added up by these.
+    mesh: of one dimension, "expert"; None: it is alone. copies: the same ranks as "data" x "expert", where
+    the experts have several copies. nodes: those that share a copy, by node, where tokens are to cross once
+    between these; None: they go straight to ranks. gradient_group: the same ranks as the mesh's once more,
+    for sums that begin while tokens travel; None: gradients are not added up by these. timeout_s: how long
+    they wait for each other.
 
     Every method is called by all ranks together.
     """
@@ -47,29 +51,73 @@ class Ranks:
     rank: int
     num_ranks: int
     mesh: DeviceMesh | None
+    copies: DeviceMesh | None = None
     nodes: DeviceMesh | None = None
     gradient_group: dist.ProcessGroup | None = None
+    timeout_s: float = 1800.0
 
     @staticmethod
-    def of_mesh(mesh: DeviceMesh, *, gradient_group: dist.ProcessGroup | None = None) -> "Ranks":
+    def of_mesh(
+        mesh: DeviceMesh, *, gradient_group: dist.ProcessGroup | None = None, timeout_s: float = 1800.0
+    ) -> "Ranks":
         return Ranks(
-            rank=mesh.get_local_rank(), num_ranks=mesh.size(), mesh=mesh, gradient_group=gradient_group
+            rank=mesh.get_local_rank(),
+            num_ranks=mesh.size(),
+            mesh=mesh,
+            gradient_group=gradient_group,
+            timeout_s=timeout_s,
         )
+
+    def with_copies(self, number: int) -> "Ranks":
+        """The same ranks, that have so many copies of the experts. ValueError: they cannot."""
+        with self.together():
+            if self.num_ranks % number:
+                raise ValueError(
+                    f"training.expert-copies ({number}) must divide the number of processes "
+                    f"({self.num_ranks}); start as many as that takes, or give fewer copies"
+                )
+        if self.mesh is None or number == 1:
+            return self
+        return replace(self, copies=in_copies(self.mesh, copies=number, timeout=self._timeout))
 
     def over_nodes(self, environment: Mapping[str, str]) -> "Ranks":
         """The same ranks, with the nodes that the launcher tells of. ValueError: these differ in size."""
         name = "LOCAL_WORLD_SIZE"
         per_node = int(environment.get(name, self.num_ranks))
         self.require_same({name: per_node})
+        sharing = self.share.num_ranks
         with self.together():
-            if self.num_ranks % per_node:
+            if sharing % per_node and per_node % sharing:
                 raise ValueError(
-                    f"{name} ({per_node}) must divide the number of processes ({self.num_ranks}) with "
-                    "training.exchange by_node; start equally many on each machine, or leave it direct"
+                    f"{name} ({per_node}) must divide the number of processes that share the experts "
+                    f"({sharing}), or be a multiple of it, with training.exchange by_node; start equally "
+                    "many on each machine, or leave it direct"
                 )
-        if self.mesh is None or per_node in (1, self.num_ranks):
+        if self.expert_mesh is None or per_node == 1 or per_node >= sharing:
             return self
-        return replace(self, nodes=in_nodes(self.mesh, ranks_per_node=per_node))
+        nodes = in_nodes(self.expert_mesh, ranks_per_node=per_node, timeout=self._timeout)
+        return replace(self, nodes=nodes)
+
+    @property
+    def expert_mesh(self) -> DeviceMesh | None:
+        """That the experts are spread over, with "data" where they have copies."""
+        return self.mesh if self.copies is None else self.copies
+
+    @property
+    def share(self) -> Share:
+        """This rank's place among those that share the experts."""
+        if self.copies is None:
+            return Share(rank=self.rank, num_ranks=self.num_ranks)
+        return Share(rank=self.copies.get_local_rank(EXPERT), num_ranks=self.copies[EXPERT].size())
+
+    @property
+    def has_first_copy(self) -> bool:
+        """Whether this is one of those that write the experts."""
+        return self.copies is None or self.copies.get_local_rank(DATA) == 0
+
+    @property
+    def _timeout(self) -> timedelta:
+        return timedelta(seconds=self.timeout_s)
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -102,15 +150,15 @@ class Ranks:
 
     def adding_up_gradients(self, model: nn.Module) -> AbstractContextManager[None]:
         """Leave in `.grad` those of the sum of the ranks' losses, after a block with the last backward."""
-        if self.mesh is None:
+        if self.expert_mesh is None:
             return nullcontext()
         assert self.gradient_group is not None
-        return GradientSums(model, self.mesh, self.gradient_group).overlap()
+        return GradientSums(model, self.expert_mesh, self.gradient_group).overlap()
 
     def gradient_norm(self, model: nn.Module) -> float:
         """The global norm of these."""
-        if self.mesh is not None:
-            return gradient_norm(model, self.mesh).item()
+        if self.expert_mesh is not None:
+            return gradient_norm(model, self.expert_mesh).item()
         return nn.utils.get_total_norm(gradients_of(model)).item()
 
     def tell_all(self, value: Json) -> list[Json]:
@@ -153,7 +201,7 @@ class Ranks:
             pass
         return done.result()
 
-    def beside(self, *, timeout_s: float) -> "Ranks":
+    def beside(self) -> "Ranks":
         """The same ranks once more, to be called by another thread while this one calls these. On the CPU.
 
         They end with the engine's process group.
@@ -163,11 +211,11 @@ class Ranks:
         group = dist.new_group(
             dist.get_process_group_ranks(self.mesh.get_group()),
             backend="gloo",
-            timeout=timedelta(seconds=timeout_s),
+            timeout=self._timeout,
             use_local_synchronization=True,
         )
         assert isinstance(group, dist.ProcessGroup)
-        return Ranks.of_mesh(DeviceMesh.from_group(group, "cpu", mesh_dim_names=("expert",)))
+        return replace(self, mesh=DeviceMesh.from_group(group, "cpu", mesh_dim_names=(EXPERT,)))
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -254,12 +302,12 @@ def ranks_of_process(device: torch.device, *, timeout_s: float) -> Iterator[Rank
         world_size=num_ranks,
     )
     try:
-        mesh = init_device_mesh(device.type, (num_ranks,), mesh_dim_names=("expert",))
+        mesh = init_device_mesh(device.type, (num_ranks,), mesh_dim_names=(EXPERT,))
         gradient_group = dist.new_group(timeout=timedelta(seconds=timeout_s))
         assert isinstance(gradient_group, dist.ProcessGroup)
         # NCCL connects at a group's first collective, which is not to be amid a backward pass.
         dist.barrier(gradient_group)
-        yield Ranks.of_mesh(mesh, gradient_group=gradient_group)
+        yield Ranks.of_mesh(mesh, gradient_group=gradient_group, timeout_s=timeout_s)
     finally:
         dist.destroy_process_group()
 

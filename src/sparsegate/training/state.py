@@ -12,7 +12,6 @@ from ..optim.factored import ON_CPU, FactoredAdam
 from ..parallel.distribute import names_in_one_process, word_parameters
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from .overrides import from_json
-from .parts import Share
 from .rank_checkpoint import save_on_ranks
 from .ranks import ALONE, Ranks
 from .strict_json import Json
@@ -71,11 +70,12 @@ class TrainState:
             "optimizer": self._divide(optimizer, of=lambda path: path.rpartition("/")[0]),
         }
         common = {group: common for group, (_, _, common) in groups.items()} | {"state": carried}
+        rows = _all_rows if self.ranks.has_first_copy else _no_rows
         return Snapshot(
             step=self.progress.step,
             common=common if self.ranks.is_first else {},
-            stacked={group: experts for group, (experts, _, _) in groups.items()},
-            words={group: words for group, (_, words, _) in groups.items()},
+            stacked={group: rows(experts) for group, (experts, _, _) in groups.items()},
+            words={group: rows(words) for group, (_, words, _) in groups.items()},
             state=asdict(self.progress),
         )
 
@@ -110,9 +110,7 @@ class TrainState:
 
     def _read(self, path: Path, *, only: Collection[str] | None = None) -> Checkpoint:
         """Of experts, and of words where they are spread, this rank's. only: see `load_checkpoint`."""
-        share = (
-            None if self.ranks.mesh is None else Share(rank=self.ranks.rank, num_ranks=self.ranks.num_ranks)
-        )
+        share = None if self.ranks.mesh is None else self.ranks.share
         return load_checkpoint(
             path,
             share=share,
@@ -143,7 +141,7 @@ class TrainState:
         """What one process wrote, or another layout, cut to this rank's experts and words."""
         experts = _names_of(self.model, self.model.expert_parameters())
         words = _names_of(self.model, word_parameters(self.model))
-        share = Share(rank=self.ranks.rank, num_ranks=self.ranks.num_ranks)
+        share = self.ranks.share
 
         def cut(name: str, tensor: Tensor) -> Tensor:
             own = (experts | words).get(of(name))
@@ -162,6 +160,7 @@ class Snapshot:
     """What a checkpoint is written of.
 
     common: what the first rank writes. stacked: this rank's experts. words: its words, where they are spread.
+    A rank that has another copy than the first of these has no rows of them here.
     """
 
     step: int
@@ -192,6 +191,15 @@ class Snapshot:
             keep=keep,
             ranks=ranks,
         )
+
+
+def _all_rows(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return tensors
+
+
+def _no_rows(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of what another rank writes: the names alone."""
+    return {name: tensor[:0] for name, tensor in tensors.items()}
 
 
 def _copies(groups: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
