@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from sparsegate.parallel.exchange import Rows, exchange
+from sparsegate.parallel.meshes import EXPERT, in_copies, in_nodes
 from sparsegate.training.missing import GRACE_S, RankMissing, naming_the_missing
 from sparsegate.training.ranks import Ranks
 
@@ -46,3 +47,22 @@ def wait_on_rank(mesh: DeviceMesh, late: int, where: str) -> tuple[str, float]:
     except RankMissing as error:
         return str(error), time.monotonic() - begin
     return "nothing", time.monotonic() - begin
+
+
+def wait_in_layouts_on_rank(mesh: DeviceMesh) -> list[float]:
+    """How many seconds a rank waits for another among those of its copy, and of its node.
+
+    mesh: of all four. The first rank of each does not come.
+    """
+    timeout = timedelta(seconds=TIMEOUT_S)
+    layouts = [in_copies(mesh, copies=2, timeout=timeout), in_nodes(mesh, ranks_per_node=2, timeout=timeout)]
+    waited = []
+    for layout in layouts:
+        begin = time.monotonic()
+        try:
+            if layout.get_local_rank(EXPERT):
+                dist.barrier(layout.get_group(EXPERT))
+        except RuntimeError:
+            waited.append(time.monotonic() - begin)
+    dist.barrier(mesh.get_group())
+    return waited

@@ -15,13 +15,16 @@ from sparsegate.recipes.planner import plan
 from sparsegate.recipes.registry import recipe
 
 
-def laid(name: str, machine: Machine, *, batch_tokens: int = 8192, **method: object) -> Layout:
+def laid(
+    name: str, machine: Machine, *, batch_tokens: int = 8192, expert_copies: int = 1, **method: object
+) -> Layout:
     return lay_out(
         recipe(name).model,
         machine,
         Method(**{"tokens": 1, **method}),
         batch_tokens=batch_tokens,
         micro_batches=1,
+        expert_copies=expert_copies,
     )
 
 
@@ -163,6 +166,19 @@ def test_more_devices_hold_fewer_experts_each_and_take_less_memory():
     some = [laid("moe-4096-h", Machine(devices=devices)) for devices in (1, 4, 16)]
     assert [layout.experts_per_device for layout in some] == [4096, 1024, 256]
     assert some[0].memory > some[1].memory > some[2].memory
+
+
+def test_copies_of_the_experts_are_models_beside_each_other_that_add_up_their_gradients():
+    """Tokens travel as on the devices of one copy; each device sends its experts' gradients to the others."""
+    one = laid("moe-256", Machine(devices=4), batch_tokens=2048)
+    four = laid("moe-256", Machine(devices=16), batch_tokens=8192, expert_copies=4)
+    same = ("experts_per_device", "tokens_per_device", "memory", "all_to_all_bytes", "arithmetic_seconds")
+    assert all(getattr(four, name) == getattr(one, name) for name in same)
+    of_experts = 64 * 2 * 512 * 1024 * 4
+    copied = 4 * one.copied_parameters
+    assert four.all_reduce_bytes == round(2 * (15 / 16 * copied + 3 / 4 * of_experts))
+    with pytest.raises(ValueError, match=r"training\.expert-copies \(3\) must divide the number of devices"):
+        laid("moe-256", Machine(devices=16), expert_copies=3)
 
 
 def test_a_model_that_does_not_fit_is_refused_with_the_figures():

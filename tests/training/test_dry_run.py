@@ -48,6 +48,15 @@ def test_experts_that_do_not_divide_are_as_planned_on_the_rank_with_most():
     found.require(training_memory(recipe("moe-32").model, replace(method_of(recipe("moe-32")), devices=7)))
 
 
+def test_copies_of_the_experts_are_each_whole_and_as_planned():
+    config = replace_by_path(recipe("moe-32"), {"training.expert_copies": 3})
+    found = dry_run(config, num_ranks=12)
+    assert (found.ranks, found.experts, found.fewest_experts, found.most_experts) == (12, 32, 8, 8)
+    found.require(training_memory(config.model, replace(method_of(config), devices=4)))
+    with pytest.raises(ValueError, match=r"training\.expert-copies \(3\) must divide the number of"):
+        dry_run(config, num_ranks=7)
+
+
 def test_words_that_are_spread_are_as_planned():
     config = replace_by_path(recipe("moe-32"), {"training.vocabulary": "sharded"})
     found = dry_run(config, num_ranks=7)

@@ -3,7 +3,7 @@
 import pytest
 
 from sparsegate.training.missing import naming_the_missing
-from tests.helpers.waiting_ranks import LATEST_S, wait_on_rank
+from tests.helpers.waiting_ranks import LATEST_S, wait_in_layouts_on_rank, wait_on_rank
 
 
 @pytest.mark.parametrize(
@@ -15,6 +15,14 @@ def test_who_does_not_come_is_named_by_all_others(where, place, ranks):
         assert said.startswith(f"the ranks waited in vain for rank 0, after step 7, in {place} (")
         assert seconds < LATEST_S
     assert "for each other, as one came too late, after step 7" in late
+
+
+def test_ranks_of_a_copy_and_of_a_node_wait_as_long_as_they_are_told(ranks):
+    first, second, *others = ranks.run(wait_in_layouts_on_rank, 4)
+    assert first == []
+    assert len(second) == 2
+    assert max(second) < LATEST_S
+    assert [len(waited) for waited in others] == [0, 2]
 
 
 def test_what_is_no_wait_for_ranks_stays_what_it_is(ranks):

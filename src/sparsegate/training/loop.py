@@ -70,7 +70,8 @@ def train(
             check_run_folder(folder, config, resume=resume)
             require_memory_for(config, ranks)
         ranks.require_same(what_is_learned(config))
-        ranks = ranks.with_copies(config.training.expert_copies)
+        with ranks.together():
+            ranks = ranks.with_copies(config.training.expert_copies)
         if config.training.exchange == "by_node":
             ranks = ranks.over_nodes(os.environ)
         with ranks.together():

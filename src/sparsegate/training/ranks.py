@@ -69,13 +69,12 @@ class Ranks:
         )
 
     def with_copies(self, number: int) -> "Ranks":
-        """The same ranks, that have so many copies of the experts. ValueError: they cannot."""
-        with self.together():
-            if self.num_ranks % number:
-                raise ValueError(
-                    f"training.expert-copies ({number}) must divide the number of processes "
-                    f"({self.num_ranks}); start as many as that takes, or give fewer copies"
-                )
+        """The same ranks, that have so many copies of the experts. ValueError, on all: they cannot."""
+        if self.num_ranks % number:
+            raise ValueError(
+                f"training.expert-copies ({number}) must divide the number of processes ({self.num_ranks}); "
+                "start as many as that takes, or give fewer copies"
+            )
         if self.mesh is None or number == 1:
             return self
         return replace(self, copies=in_copies(self.mesh, copies=number, timeout=self._timeout))
