@@ -22,7 +22,7 @@ def experts_of(rank: int, *, num_experts: int, num_ranks: int) -> range:
     if num_ranks > num_experts:
         raise ValueError(
             f"ranks that share the experts ({num_ranks}) must not exceed num_experts ({num_experts}); "
-            "start fewer processes, or give the mesh fewer expert ranks and more copies"
+            "start fewer processes, or have more copies of the experts (training.expert-copies)"
         )
     return split(num_experts, num_ranks)[rank]
 
