@@ -1,15 +1,23 @@
-"""One mixture of experts, varied in one thing: table 6 of the paper (loss weights), and the same for gates.
+"""One mixture of experts, varied in one thing: table 6 of the paper (loss weights), and the same for others.
 
     python -m benchmarks.mixtures losses --data DIR --out RUNS --steps 2000
     python -m benchmarks.mixtures gates --data DIR --out RUNS --steps 2000
+    python -m benchmarks.mixtures optimizers --data DIR --out RUNS --steps 2000
+    python -m benchmarks.mixtures softmax --data DIR --out RUNS --steps 2000
 
 All variants see the same batches and have the recipe's multiply-adds per token. A learning rate is chosen for
 each, on the validation split after `--search-steps`; loss weights share one. Then one run for each seed,
-reported on the test split; the balance is a mean over the logged training batches of the last quarter of the
-steps, as in the paper. Everything is a run folder and is resumed when the command is given again.
+reported on the test split, beside the first row's with the same seeds: the ratio of perplexities, with
+Student's 95% interval over the seeds. The balance is a mean over the logged training batches of the last
+quarter of the steps, as in the paper. Everything is a run folder and is resumed when the command is given
+again.
+
+What changes the time of a step is timed first, on random text, in turn with the first row in one process; a
+row "in equal time" makes as many steps as that leaves it.
 """
 
 import argparse
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +26,9 @@ from typing import Any
 import torch
 
 from benchmarks.equal_computation import final_run, shortened
-from sparsegate.benchmarking.measuring import circumstances
+from benchmarks.training_speed import stepper
+from sparsegate.benchmarking.measuring import circumstances, median_ratio, seconds
+from sparsegate.data import Dataset
 from sparsegate.inspection.balance import BALANCE_METRICS
 from sparsegate.models.gates import (
     BalancedGate,
@@ -31,9 +41,10 @@ from sparsegate.models.gates import (
 from sparsegate.recipes.planner import plan
 from sparsegate.recipes.registry import recipe
 from sparsegate.recipes.search import search
-from sparsegate.training.config import LossConfig, RunConfig
+from sparsegate.recipes.study.intervals import over_seeds
+from sparsegate.training.config import ContinuousConfig, LossConfig, RunConfig
 from sparsegate.training.log import read_log
-from sparsegate.training.storage import write_json_atomically
+from sparsegate.training.storage import read_json, write_json_atomically
 
 Vary = Callable[[RunConfig], RunConfig]
 
@@ -45,25 +56,64 @@ def main() -> None:
     base = replace(base, model=replace(base.model, dropout=0.0))
     variants = TABLES[args.table]
     rate = None if args.table == "gates" else best_rate(base, args, args.recipe)
+    speeds = steps_per_step(variants, base, args) if args.table in ("optimizers", "softmax") else {}
     rows: list[dict[str, Any]] = []
     for name in args.only or variants:
         config = variants[name](base)
-        chosen = rate or best_rate(config, args, name)
+        chosen = rate or best_rate(config, args, name.removesuffix(IN_EQUAL_TIME))
         config = replace(config, optim=replace(config.optim, learning_rate=chosen))
         costs = plan(config.model)
+        steps = round(args.steps * speeds[name]) if name.endswith(IN_EQUAL_TIME) else args.steps
         rows.append(
             {
                 "name": name,
                 "ops_per_timestep": costs.ops_per_timestep,
                 "parameters_without_embedding_and_softmax": costs.parameters_without_embedding_and_softmax,
                 "learning_rate": chosen,
-                "runs": runs(config, args, name),
+                "steps": steps,
+                "steps_per_step_of_first": speeds.get(name),
+                "runs": runs(config, args, name, steps),
             }
         )
+        rows[-1]["against_first"] = against(rows[-1]["runs"], rows[0]["runs"])
         write_json_atomically(
             args.out / f"{args.table}.json", {**circumstances(), "steps": args.steps, "rows": rows}
         )
         print(table(rows), flush=True)
+
+
+def steps_per_step(
+    variants: Mapping[str, Vary], base: RunConfig, args: argparse.Namespace
+) -> dict[str, float]:
+    """How many steps each variant makes while the first one makes one; measured once for a folder."""
+    kept = args.out / f"{args.table}_speeds.json"
+    if kept.exists():
+        return {name: float(speed) for name, speed in read_json(kept).items()}
+    assert isinstance(base.batches, ContinuousConfig)
+    sizes = argparse.Namespace(
+        vocabulary=Dataset.open(args.data).vocabulary.size,
+        batch_size=base.batches.batch_size,
+        num_steps=base.batches.num_steps,
+    )
+    first, *_ = variants
+    steps = {name: stepper(vary(base), sizes) for name, vary in variants.items()}
+    times = seconds(steps, repeats=args.timed_steps)
+    speeds = {name: median_ratio(times[first], times[name]) for name in variants}
+    write_json_atomically(kept, speeds)
+    return speeds
+
+
+def against(runs: list[dict[str, Any]], first: list[dict[str, Any]]) -> dict[str, float]:
+    """Perplexity over that of the first row's run of the same seed: geometric mean, and its interval."""
+    by_seed = {run["seed"]: run["test_perplexity"] for run in first}
+    logs = [math.log(run["test_perplexity"] / by_seed[run["seed"]]) for run in runs if run["seed"] in by_seed]
+    if len(logs) < 2:
+        return {"ratio": math.exp(sum(logs))}
+    interval = over_seeds(logs)
+    return {
+        name: math.exp(getattr(interval, at))
+        for name, at in [("ratio", "mean"), ("low", "low"), ("high", "high")]
+    }
 
 
 def best_rate(config: RunConfig, args: argparse.Namespace, name: str) -> float:
@@ -79,16 +129,14 @@ def best_rate(config: RunConfig, args: argparse.Namespace, name: str) -> float:
     return trials[0].learning_rate
 
 
-def runs(config: RunConfig, args: argparse.Namespace, name: str) -> list[dict[str, Any]]:
+def runs(config: RunConfig, args: argparse.Namespace, name: str, steps: int) -> list[dict[str, Any]]:
     """The results of each seed's run."""
-    config = shortened(config, args.steps)
+    config = shortened(config, steps)
     results = []
     for seed in args.seeds:
         folder = args.out / name / f"seed-{seed}"
         result = final_run(replace(config, seed=seed), folder=folder)
-        results.append(
-            {**result, "training": training_balance(folder / "log.jsonl", after=args.steps * 3 // 4)}
-        )
+        results.append({**result, "training": training_balance(folder / "log.jsonl", after=steps * 3 // 4)})
     return results
 
 
@@ -101,7 +149,15 @@ def training_balance(log: Path, *, after: int) -> dict[str, float]:
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows so far, in Markdown: means over the seeds, perplexity of each."""
     lines = [
-        ["", "learning rate", "test perplexity by seed", *BALANCE_METRICS, "words seen (M)", "hours a run"]
+        [
+            "",
+            "learning rate",
+            "test perplexity by seed",
+            "against the first",
+            *BALANCE_METRICS,
+            "words seen (M)",
+            "hours a run",
+        ]
     ]
     lines.append(["---"] * len(lines[0]))
     for row in rows:
@@ -111,7 +167,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         ]
         words = f"{_mean(run['words'] for run in row['runs']) / 1e6:.2f}"
         hours = f"{_mean(run['hours'] for run in row['runs']):.2f}"
-        lines.append([row["name"], f"{row['learning_rate']:g}", perplexities, *balance, words, hours])
+        beside = " to ".join(
+            f"{row['against_first'][at]:.3f}" for at in ("low", "high") if at in row["against_first"]
+        )
+        beside = f"{row['against_first']['ratio']:.3f}" + f" ({beside})" * bool(beside)
+        lines.append([row["name"], f"{row['learning_rate']:g}", perplexities, beside, *balance, words, hours])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -161,7 +221,48 @@ GATES: Mapping[str, Vary] = {
     "softmax over all, experts of 32": _gate(_NONE, gate=SoftmaxGate(), k=32, hidden=32),
 }
 
-TABLES: Mapping[str, Mapping[str, Vary]] = {"losses": LOSSES, "gates": GATES}
+
+def _optim(*, expert_dtype: str = "float32", **optim: Any) -> Vary:
+    return lambda config: replace(
+        config,
+        optim=replace(config.optim, **optim),
+        model=replace(config.model, expert_dtype=expert_dtype),
+    )
+
+
+# Of the experts; everything else has Adam in all rows.
+OPTIMIZERS: Mapping[str, Vary] = {
+    "Adam": _optim(),
+    "factored": _optim(experts="factored"),
+    "factored, bfloat16, rounded at random": _optim(
+        experts="factored", expert_dtype="bfloat16", rounding="stochastic"
+    ),
+    "factored, bfloat16, rounded to the nearest": _optim(experts="factored", expert_dtype="bfloat16"),
+}
+
+
+def _softmax(samples: int, tables: str = "adam") -> Vary:
+    return lambda config: replace(
+        config,
+        model=replace(config.model, softmax_samples=samples),
+        optim=replace(config.optim, tables=tables),
+    )
+
+
+IN_EQUAL_TIME = ", in equal time"
+SOFTMAX: Mapping[str, Vary] = {
+    "all words": _softmax(0),
+    "8,192 words": _softmax(8192),
+    f"8,192 words{IN_EQUAL_TIME}": _softmax(8192),
+    "8,192 words, tables by rows": _softmax(8192, "rows"),
+}
+
+TABLES: Mapping[str, Mapping[str, Vary]] = {
+    "losses": LOSSES,
+    "gates": GATES,
+    "optimizers": OPTIMIZERS,
+    "softmax": SOFTMAX,
+}
 
 
 def _arguments() -> argparse.Namespace:
@@ -177,6 +278,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--search-steps", type=int, default=500)
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[4e-3, 8e-3, 1.6e-2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--timed-steps", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
 

@@ -56,7 +56,7 @@ BAD = {
     ),
     "ranks that do not come": Bad(
         f"env RANK=0 WORLD_SIZE=3 MASTER_ADDR=127.0.0.1 MASTER_PORT=0 {TRAIN} --data data",
-        r"WORLD_SIZE \(3\): rank 1, 2 did not come within 50 s",
+        r"WORLD_SIZE \(3\): rank 1, 2 did not come within 40 s",
         launcher="",
     ),
     "no launcher": Bad(

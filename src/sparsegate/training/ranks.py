@@ -276,7 +276,7 @@ def in_a_thread(work: Callable[[], Result]) -> "Future[Result]":
 def ranks_of_process(device: torch.device, *, timeout_s: float) -> Iterator[Ranks]:
     """This process's place among those that `torchrun` started; alone where it started none.
 
-    timeout_s: how long a rank waits for the others before the run ends; half as long at the beginning.
+    timeout_s: how long a rank waits for the others before the run ends; at the beginning two fifths of it.
 
     ValueError: ranks that did not come, or an environment in which the launcher could not do what it is asked
     to.
@@ -285,7 +285,7 @@ def ranks_of_process(device: torch.device, *, timeout_s: float) -> Iterator[Rank
         yield ALONE
         return
     rank, num_ranks = (number_of(os.environ, name) for name in ("RANK", "WORLD_SIZE"))
-    patience_s = timeout_s / 2
+    patience_s = 0.4 * timeout_s  # so that all end within a minute, starting included
     with _told_by_first(rank):
         _require_restartable(os.environ)
     store = open_store(os.environ, within_s=patience_s)
