@@ -67,14 +67,14 @@ def run(args: Namespace) -> int:
         max_subwords=args.max_subwords,
         lines_at_once=args.batch_size,
     )
-    number, progress = 0, _Progress()
+    progress = _Progress()
     for lines in _windows(args, translator.lines_at_once):
-        found = translator.translate_together(lines, first_number=number)
-        for line, translations in zip(lines, found, strict=True):
+        first = progress.num_lines
+        found = translator.translate_together(lines, first_number=first, tell=progress.tell_parts)
+        for number, (line, translations) in enumerate(zip(lines, found, strict=True), start=first):
             _print(args, number, line, translations)
-            number += 1
         sys.stdout.flush()
-        progress.update(number)
+        progress.add(len(lines))
     return 0
 
 
@@ -98,17 +98,26 @@ def _print(args: Namespace, number: int, line: str, translations: Sequence[Trans
 
 
 class _Progress:
-    """Tells on standard error how many lines were translated, from time to time."""
+    """Tells on standard error now and then how many lines were translated, and how much of long ones."""
 
     def __init__(self) -> None:
+        self.num_lines = 0
         self._began = self._told = time.monotonic()
 
-    def update(self, num_lines: int) -> None:
+    def add(self, num_lines: int) -> None:
+        self.num_lines += num_lines
+        rate = self.num_lines / max(time.monotonic() - self._began, 1e-9)
+        self._tell(f"{self.num_lines:,} lines translated, {rate:,.1f} a second")
+
+    def tell_parts(self, done: int, of: int) -> None:
+        if done < of:
+            self._tell(f"{self.num_lines:,} lines translated, and {done:,} of {of:,} parts of the next")
+
+    def _tell(self, what: str) -> None:
         now = time.monotonic()
         if now - self._told >= _TELL_SECONDS:
             self._told = now
-            rate = num_lines / (now - self._began)
-            print(f"{num_lines:,} lines translated, {rate:,.1f} a second", file=sys.stderr)
+            print(what, file=sys.stderr)
 
 
 VERB = Verb(example=EXAMPLE, add_arguments=add_arguments, run=run)

@@ -1,7 +1,7 @@
 """From lines of text to lines of text: what stands between a translation model and its users."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
@@ -72,8 +72,18 @@ class LineTranslator:
             yield from self.translate_together(window, first_number=number)
             number += len(window)
 
-    def translate_together(self, lines: Sequence[str], *, first_number: int = 0) -> list[list[Translation]]:
-        """The same of lines that are all there. first_number: of the first among all lines."""
+    def translate_together(
+        self,
+        lines: Sequence[str],
+        *,
+        first_number: int = 0,
+        tell: Callable[[int, int], None] = lambda done, of: None,
+    ) -> list[list[Translation]]:
+        """The same of lines that are all there.
+
+        first_number: of the first among all lines. tell: is told from time to time how many parts of the
+        lines have been translated, of how many. As many as `lines_at_once` are side by side.
+        """
         parts = [list(self._parts(clean_line(line))) for line in lines]
         numbers = [
             first_number + line + part * _PARTS_APART
@@ -85,16 +95,19 @@ class LineTranslator:
             for several in parts
             for text, _ in several
         ]
-        found = iter(
-            self.decoding.translations(
+        found: list[list[Hypothesis]] = []
+        while len(found) < len(sources):
+            together = slice(len(found), len(found) + self.lines_at_once)
+            found += self.decoding.translations(
                 self.model,
-                sources,
+                sources[together],
                 tokens=target_tokens(self.vocabulary),
-                numbers=numbers,
+                numbers=numbers[together],
                 max_positions=64 * self.lines_at_once,
             )
-        )
-        return [self._joined([(next(found), gap) for _, gap in several]) for several in parts]
+            tell(len(found), len(sources))
+        remaining = iter(found)
+        return [self._joined([(next(remaining), gap) for _, gap in several]) for several in parts]
 
     def _parts(self, line: str) -> Iterator[tuple[str, str]]:
         """The parts of a line, each with what stands between it and the next. An empty line has none."""
