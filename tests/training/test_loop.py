@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -210,6 +211,18 @@ def test_a_gradient_that_overflows_is_caught_though_the_loss_is_finite(
     result = train(config, folder=tmp_path / "bad")
     assert result.state.progress.skipped == 1
     assert_equal(result, spared)
+
+
+def test_a_gradient_that_explodes_is_told_once(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    Planted(monkeypatch, at={4, 5}, factor=1e9)
+    result = train(config, folder=tmp_path)
+    (warning,) = [line["message"] for line in read_log(tmp_path / "log.jsonl") if line["kind"] == "warning"]
+    assert re.match(
+        r"step 5 has a gradient of norm \d\.\de\+\d\d, which optim\.clip-norm cuts to 1: ", warning
+    )
+    assert result.state.progress.step == 24
 
 
 def test_a_spike_is_clipped_and_learned_from(

@@ -35,6 +35,9 @@ from .step import Gradient, NonFinite, apply_gradient, compute_gradient, set_lea
 from .tasks import open_task
 from .tasks.task import Measured, Task
 
+# Of the norm that is left: clipped by so much, a gradient is a direction that one sentence may have given.
+_EXPLODED = 1e4
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
@@ -146,6 +149,7 @@ class Run:
         self.writer = Background()
         self.writing = ranks
         self.last_evaluation: Measured | None = None
+        self.has_told_of_explosion = False
 
     @property
     def finished(self) -> bool:
@@ -217,6 +221,7 @@ class Run:
 
     def _update(self, gradient: Gradient, rate: float) -> None:
         progress, model = self.state.progress, self.state.model
+        self._tell_of_explosion(gradient.norm)
         # A rank's experts without tokens have gradients of zero, which comes to the same.
         if self.state.factored is not None and self.ranks.mesh is None:
             self.state.factored.only(model.used_experts(gradient.sums))
@@ -238,6 +243,19 @@ class Run:
             },
             gradient.sums,
         )
+
+    def _tell_of_explosion(self, norm: float) -> None:
+        """Once: clipping hides it, and a loss that stops falling is all that is seen."""
+        clip_norm = self.config.optim.clip_norm
+        if norm > _EXPLODED * clip_norm and not self.has_told_of_explosion:
+            self.has_told_of_explosion = True
+            message = (
+                f"step {self.state.progress.step + 1} has a gradient of norm {norm:.1e}, which "
+                f"optim.clip-norm cuts to {clip_norm:g}: it explodes, and what is learned suffers; look at "
+                "grad_norm in the log, and try a lower optim.learning-rate, shorter sentences, or LSTMs "
+                "without projections"
+            )
+            self.reporter.event("warning", message=message)
 
     def _skip(self, gradient: Gradient, batch_index: int) -> None:
         progress = self.state.progress
