@@ -20,6 +20,7 @@ import torch
 from benchmarks.equal_computation import shortened
 from sparsegate.benchmarking.measuring import circumstances
 from sparsegate.data.languages import languages_of
+from sparsegate.data.parallel import TranslationDataset
 from sparsegate.evaluation.translation import compare, write_lines
 from sparsegate.inspection.balance import balance_metrics
 from sparsegate.models.translation import BlockConfig, NoBlock, Translation
@@ -50,7 +51,7 @@ def main() -> None:
             config = replace(at_width(recipe(name), args.width), data=str(args.data), seed=0)
             config = replace(searched(config, args), seed=seed)
             row = measured(shortened(config, args.steps), args)
-            rows.append({"name": name, "seed": seed, **row})
+            rows.append({"name": name, "seed": seed, **row, "words": words_read(row["tokens"], args.data)})
             first, own = (args.out / each / f"seed-{seed}" for each in (args.models[0], name))
             rows[-1]["compared"] = {} if own == first else compared(first, own, row["pairs"])
             write_json_atomically(
@@ -149,6 +150,13 @@ def measured(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
+def words_read(num_tokens: int, data: Path) -> int:
+    """How many target words so many target subwords are, the ends of sentences among these."""
+    texts = [pair.target for pair in TranslationDataset.open(data).parts["train"].values()]
+    each = sum(text.num_words for text in texts) / sum(t.num_tokens + t.num_sentences for t in texts)
+    return round(num_tokens * each)
+
+
 def compared(baseline: Path, system: Path, pairs: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
     """Paired bootstrap of the translations in two run folders, by pair of languages."""
     found = {}
@@ -175,6 +183,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             "seed",
             "parameters (M)",
             "multiply-adds (M)",
+            "words read (M)",
+            "hours",
             "pair",
             "perplexity",
             "BLEU",
@@ -184,7 +194,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     lines.append(["---"] * len(lines[0]))
     for row in rows:
-        sizes = [f"{row['parameters'] / 1e6:.1f}", f"{row['ops_per_timestep'] / 1e6:.2f}"]
+        sizes = [
+            f"{row['parameters'] / 1e6:.1f}",
+            f"{row['ops_per_timestep'] / 1e6:.2f}",
+            f"{row['words'] / 1e6:.2f}",
+            f"{row['tokens'] / row['tokens_per_second'] / 3600:.2f}",
+        ]
         for name, pair in row["pairs"].items():
             scores = [f"{score['value']:.1f} ± {score['interval']:.1f}" for score in pair["scores"][:2]]
             compared = row["compared"].get(name)

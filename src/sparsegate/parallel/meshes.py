@@ -60,5 +60,7 @@ def _mesh(like: DeviceMesh, ranks: Tensor, names: tuple[str, ...], timeout: time
         rows = ranks.movedim(place, -1).reshape(-1, ranks.size(place)).tolist()
         group, _ = dist.new_subgroups_by_enumeration(rows, timeout=timeout)
         assert isinstance(group, dist.ProcessGroup)
+        # NCCL connects at a group's first collective, which is not to be amid a backward pass.
+        dist.barrier(group)
         groups.append(group)
     return DeviceMesh.from_group(groups, like.device_type, mesh=ranks, mesh_dim_names=names)
