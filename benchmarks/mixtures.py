@@ -55,7 +55,7 @@ def main() -> None:
     base = replace(recipe(args.recipe), data=str(args.data), seed=0)
     base = replace(base, model=replace(base.model, dropout=0.0))
     variants = TABLES[args.table]
-    rate = None if args.table == "gates" else best_rate(base, args, args.recipe)
+    rate = best_rate(base, args, args.recipe) if args.table == "losses" else None
     speeds = steps_per_step(variants, base, args) if args.table in ("optimizers", "softmax") else {}
     rows: list[dict[str, Any]] = []
     for name in args.only or variants:

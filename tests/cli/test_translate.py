@@ -121,10 +121,10 @@ def test_long_inputs_tell_how_far_they_are(
     standard_input(TEXT)
     assert main(["translate", "runs/en-fr", "--greedy"]) == 0
     assert capfd.readouterr().err.startswith("3 lines translated, ")
-    standard_input(b"The end\n" + b"The cats sat. " * 30)
+    standard_input(b"The end\n" + b"The cats sat. " * 90)
     assert main(["translate", "runs/en-fr", "--greedy", "--max-subwords", "40", "--batch-size", "2"]) == 0
     told = [line for line in capfd.readouterr().err.splitlines() if "parts" in line]
-    assert told[0].startswith("1 lines translated, and 2 of ")
+    assert told[0].startswith("1 lines translated, and 8 of ")
     assert told[0].endswith(" parts of the next")
 
 

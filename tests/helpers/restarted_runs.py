@@ -29,6 +29,7 @@ from tests.helpers.killed_runs import KINDS
 from tests.helpers.rank_runs import exact
 from tests.helpers.tiny_runs import TINY_RUNS, with_gates
 
+KINDS_ON_RANKS = KINDS | {"copies": ("language", {"expert_copies": 2})}
 RANKS = 4
 STEPS = 16
 MOST_KILLS_OF_A_RUN = 3
@@ -39,7 +40,7 @@ PATIENCE_S = 120
 
 
 def config_of(folder: Path, kind: str) -> RunConfig:
-    task, training = KINDS[kind]
+    task, training = KINDS_ON_RANKS[kind]
     run = TINY_RUNS[task](folder / "dataset", steps=STEPS)
     run = exact(run, evaluate_every=8, checkpoint_every=2, timeout=60.0, **training)
     return with_gates(run, "noisy_topk")

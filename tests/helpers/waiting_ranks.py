@@ -17,10 +17,13 @@ TIMEOUT_S = 0.5
 LATEST_S = TIMEOUT_S + 2 * GRACE_S
 
 
-def wait_on_rank(mesh: DeviceMesh, late: int, where: str) -> tuple[str, float]:
+def wait_on_rank(
+    mesh: DeviceMesh, late: int, where: str, near: tuple[int, ...] | None = None
+) -> tuple[str, float]:
     """What a rank says, and after how many seconds, when rank `late` comes LATEST_S after the others.
 
-    mesh: of all ranks. where: "sum", "backward" or "gradients".
+    mesh: of all ranks. where: "sum", "backward" or "gradients". near: those that it shares the experts with;
+    None: all.
     """
     # Its connections break: a group that no other law uses.
     group = dist.new_group()
@@ -36,7 +39,7 @@ def wait_on_rank(mesh: DeviceMesh, late: int, where: str) -> tuple[str, float]:
     begin = time.monotonic()
     time.sleep(LATEST_S if ranks.rank == late else 0)
     try:
-        with naming_the_missing(group, lambda: 7):
+        with naming_the_missing(group, lambda: 7, near=None if near is None else lambda: near):
             if where == "sum":
                 ranks.sum(1.0)
             elif where == "backward":

@@ -1,6 +1,7 @@
 """A finished model over ranks trains as it does in one process: losses, norms, weights after ten updates."""
 
 import pytest
+import torch
 
 from sparsegate.parallel.placement import experts_of
 from tests.helpers.spread_models import (
@@ -32,6 +33,7 @@ CASES = [
     *(Case("noisy_topk", (1, 2, 0, 2), copies=2, cut=True, fsdp=True, num_experts=n) for n in (2, 3, 7)),
     Case("hierarchical", (2, 0, 3, 1), copies=2, cut=True, pieces=2, num_experts=9),
     Case("balanced", (1, 2, 0, 2), copies=2, cut=True, per_node=1),
+    Case("expert_choice", (1, 2, 0, 2), copies=2, selection="gathered"),
 ]
 
 
@@ -50,6 +52,7 @@ def assert_trained_alike(case: Case, expected: Trained, found: list[Trained]) ->
             if case.words and name.startswith(("embedding.", "softmax.")):
                 weight = weight[number::expert_ranks]
             assert_close(rank.weights[name], weight)
+            assert torch.equal(rank.weights[name], found[number % expert_ranks].weights[name]), "copies drift"
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -12,9 +12,9 @@ import pytest
 
 from sparsegate.training.loop import train
 from sparsegate.training.run_folder import saved_steps
-from tests.helpers.killed_runs import KINDS
 from tests.helpers.launched import Launched
 from tests.helpers.rank_runs import assert_alike, ended, exact
+from tests.helpers.restarted_runs import KINDS_ON_RANKS
 from tests.helpers.runs import LINES, make_dataset
 from tests.helpers.tiny_runs import TINY_DATASETS, tiny_run, with_gates
 
@@ -70,12 +70,13 @@ def test_a_signal_to_all_ranks_saves_once_and_leaves(config, undisturbed, tmp_pa
     [
         ("language", 2),
         *(pytest.param(kind, 50, marks=pytest.mark.nightly) for kind in ("language", "background")),
-        pytest.param("translation", 10, marks=pytest.mark.nightly),
+        *(pytest.param(kind, 10, marks=pytest.mark.nightly) for kind in ("translation", "copies")),
     ],
 )
 def test_runs_of_which_ranks_are_killed_at_random_moments_end_as_if_none_had_been(kind, kills, tmp_path):
     """The first rank too, and at any moment: in steps, evaluations and saves, and before the first."""
-    TINY_DATASETS[KINDS[kind][0]](tmp_path / "text", lines=LINES[:100]).directory.rename(tmp_path / "dataset")
+    task, _ = KINDS_ON_RANKS[kind]
+    TINY_DATASETS[task](tmp_path / "text", lines=LINES[:100]).directory.rename(tmp_path / "dataset")
     program = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(tmp_path), kind, str(kills), "1"],
         env=os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},

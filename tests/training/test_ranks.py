@@ -63,6 +63,7 @@ def test_how_tokens_travel_changes_nothing(configs, alone, ranks, tmp_path):
     ("task", "copies", "training"),
     [
         ("language", 4, {"background_saves": True}),
+        ("language", 2, {"micro_batches": 2}),
         ("translation", 2, {"exchange": "by_node", "exchange_pieces": 2}),
     ],
 )
@@ -90,6 +91,14 @@ def test_fewer_experts_than_ranks_have_copies(configs, ranks, tmp_path):
     train(exact(config, steps=STEPS // 2), folder=tmp_path / "more")
     ranks.run(train_on_rank, 4, few, str(tmp_path / "more"), True)
     assert_alike(ended(tmp_path / "more"), expected, tolerance=TOLERANCE)
+
+
+def test_tables_by_rows_are_refused_where_words_have_copies(configs, ranks, tmp_path):
+    config = exact(configs["language"], expert_copies=2, vocabulary="sharded")
+    config = replace(config, optim=replace(config.optim, tables="rows"))
+    first, *others = ranks.run(train_on_rank, 4, config, str(tmp_path / "run"))
+    assert first.startswith("optim.tables (rows): gradients of rows are not added up over training.expert-")
+    assert others == ["told elsewhere"] * 3
 
 
 def test_copies_that_ranks_cannot_have_are_refused_once(configs, ranks, tmp_path):

@@ -82,7 +82,7 @@ class LineTranslator:
         """The same of lines that are all there.
 
         first_number: of the first among all lines. tell: is told from time to time how many parts of the
-        lines have been translated, of how many. As many as `lines_at_once` are side by side.
+        lines have been translated, of how many.
         """
         parts = [list(self._parts(clean_line(line))) for line in lines]
         numbers = [
@@ -97,7 +97,8 @@ class LineTranslator:
         ]
         found: list[list[Hypothesis]] = []
         while len(found) < len(sources):
-            together = slice(len(found), len(found) + self.lines_at_once)
+            # More than there are lines, so that a few long ones do not leave a small batch over.
+            together = slice(len(found), len(found) + 4 * self.lines_at_once)
             found += self.decoding.translations(
                 self.model,
                 sources[together],

@@ -30,7 +30,7 @@ from ..moe.layer import MoE
 from .expert_parallel import ExpertParallel
 from .gathered import Gathered
 from .holding import HoldingOfRank
-from .meshes import DATA, EXPERT, dimensions
+from .meshes import DATA, EXPERT, dimensions, in_one_row
 from .vocabulary import ShardedEmbedding, ShardedSoftmax
 
 
@@ -46,8 +46,7 @@ def spread_experts(
 
     model: the same on all ranks, or on the meta device. Optimizers are made afterwards. mesh: has a dimension
     "expert", and "data" where the experts have several copies. selection: what a gate that selects over the
-    batch chooses among in training: the tokens of its rank, or those gathered from all ranks that share the
-    experts.
+    batch chooses among in training: the tokens of its rank, or those gathered from all ranks.
     nodes: what `in_nodes` makes of the mesh, for tokens to cross once between nodes; None: straight to ranks.
     num_pieces: that a rank's tokens are cut into, so that one travels while another is computed.
     ValueError: no MoE in the model, fewer experts than ranks, or another mesh.
@@ -67,9 +66,10 @@ def spread_experts(
 
 
 def gather_selection(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Let gates that select over the batch choose, in training, among the tokens of all ranks of "expert"."""
+    """Let gates that select over the batch choose, in training, among the tokens of all ranks of a mesh."""
+    mesh = in_one_row(mesh)
     for moe in [module for module in model.modules() if isinstance(module, MoE)]:
-        moe.gate = Gathered(moe.gate, mesh=mesh[EXPERT]).train(moe.training)
+        moe.gate = Gathered(moe.gate, mesh=mesh).train(moe.training)
 
 
 def shard_experts(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -120,12 +120,16 @@ def _add_up_gradients(model: nn.Module) -> None:
 
 
 def gradient_norm(model: nn.Module, mesh: DeviceMesh) -> Tensor:
-    """The global norm of the gradients that `GradientSums` left, equal on all ranks."""
+    """The global norm of the gradients that `GradientSums` left, bit for bit equal on all ranks."""
     shared_out = set(spread_parameters(model))
     with_gradient = [p for p in model.parameters() if p.grad is not None]
     spread = _squared_norm([p.grad for p in with_gradient if p in shared_out], mesh)
     dist.all_reduce(spread, group=mesh.get_group(EXPERT))
-    return (spread + _squared_norm([p.grad for p in with_gradient if p not in shared_out], mesh)).sqrt()
+    norm = (spread + _squared_norm([p.grad for p in with_gradient if p not in shared_out], mesh)).sqrt()
+    if DATA in dimensions(mesh):
+        # Each copy has added up its squares in an order of its own: what is clipped would drift apart.
+        dist.all_reduce(norm, op=dist.ReduceOp.MAX, group=mesh.get_group(DATA))
+    return norm
 
 
 def expert_parameters(model: nn.Module) -> list[nn.Parameter]:

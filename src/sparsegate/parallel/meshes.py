@@ -21,7 +21,9 @@ def in_copies(mesh: DeviceMesh, *, copies: int, timeout: timedelta | None = None
     """
     if mesh.size() % copies:
         raise ValueError(f"copies of the experts ({copies}) must divide the number of ranks ({mesh.size()})")
-    return _mesh(mesh, mesh.mesh.view(copies, -1), (DATA, EXPERT), timeout)
+    ranks = mesh.mesh.view(copies, -1)
+    groups = [_group(ranks.T, timeout), _group(ranks, timeout)]
+    return DeviceMesh.from_group(groups, mesh.device_type, mesh=ranks, mesh_dim_names=(DATA, EXPERT))
 
 
 def in_nodes(mesh: DeviceMesh, *, ranks_per_node: int, timeout: timedelta | None = None) -> DeviceMesh:
@@ -30,16 +32,24 @@ def in_nodes(mesh: DeviceMesh, *, ranks_per_node: int, timeout: timedelta | None
     ranks_per_node: consecutive ranks of the dimension "expert", between which traffic is cheap. timeout: of
     the collectives; None: torch's. ValueError: it does not divide the number of these ranks.
     """
-    names = dimensions(mesh)
-    place = names.index(EXPERT)
+    place = dimensions(mesh).index(EXPERT)
     if mesh.size(place) % ranks_per_node:
         raise ValueError(
             f"ranks_per_node ({ranks_per_node}) must divide the number of ranks that share the experts "
             f"({mesh.size(place)}): start equally many on each node"
         )
-    ranks = mesh.mesh.unflatten(place, (-1, ranks_per_node))
-    names = (*names[:place], NODE, EXPERT, *names[place + 1 :])
-    return _mesh(mesh, ranks, names, timeout)[NODE, EXPERT]
+    copies = mesh.mesh.movedim(place, -1).reshape(-1, mesh.size(place) // ranks_per_node, ranks_per_node)
+    groups = [_group(copies.mT, timeout), _group(copies, timeout)]
+    (own,) = [ranks for ranks in copies if mesh.get_rank() in ranks]
+    return DeviceMesh.from_group(groups, mesh.device_type, mesh=own, mesh_dim_names=(NODE, EXPERT))
+
+
+def in_one_row(mesh: DeviceMesh) -> DeviceMesh:
+    """All ranks of a mesh in one dimension; called by all ranks together."""
+    if mesh.ndim == 1:
+        return mesh
+    ranks = mesh.mesh.flatten()
+    return DeviceMesh.from_group(_group(ranks, None), mesh.device_type, mesh_dim_names=(EXPERT,))
 
 
 def dimensions(mesh: DeviceMesh) -> tuple[str, ...]:
@@ -53,14 +63,11 @@ def dimensions(mesh: DeviceMesh) -> tuple[str, ...]:
     return names
 
 
-def _mesh(like: DeviceMesh, ranks: Tensor, names: tuple[str, ...], timeout: timedelta | None) -> DeviceMesh:
-    """Torch's own way to make one has no word for the timeout, and takes half an hour."""
-    groups = []
-    for place in range(ranks.dim()):
-        rows = ranks.movedim(place, -1).reshape(-1, ranks.size(place)).tolist()
-        group, _ = dist.new_subgroups_by_enumeration(rows, timeout=timeout)
-        assert isinstance(group, dist.ProcessGroup)
-        # NCCL connects at a group's first collective, which is not to be amid a backward pass.
-        dist.barrier(group)
-        groups.append(group)
-    return DeviceMesh.from_group(groups, like.device_type, mesh=ranks, mesh_dim_names=names)
+def _group(ranks: Tensor, timeout: timedelta | None) -> dist.ProcessGroup:
+    """Of the row that has this rank. A mesh made by torch has no word for the timeout: half an hour."""
+    rows = ranks.reshape(-1, ranks.shape[-1]).tolist()
+    group, _ = dist.new_subgroups_by_enumeration(rows, timeout=timeout)
+    assert isinstance(group, dist.ProcessGroup)
+    # NCCL connects at a group's first collective, which is not to be amid a backward pass.
+    dist.barrier(group)
+    return group

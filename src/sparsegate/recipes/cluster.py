@@ -52,9 +52,10 @@ class Layout:
 
     all_to_all_bytes: what a device sends of tokens to experts and back, forward and backward: each token goes
     once to every other device that has an expert for it, and as much comes back. word_bytes: the same for
-    words that are spread: numbers, rows and hidden values. all_reduce_bytes: gradients of what is copied, as
-    a ring sends them. in_turn_seconds, overlapped_seconds: arithmetic, memory and
-    network one after the other, or all at once. tflops: the paper's measure, in the better case.
+    words that are spread: numbers, rows and hidden values. all_reduce_bytes: gradients of what every device
+    has, as a ring sends them. copies_bytes: the same of the experts, between their copies. in_turn_seconds,
+    overlapped_seconds: arithmetic, memory and network one after the other, or all at once. tflops: the
+    paper's measure, in the better case.
     """
 
     experts_per_device: float = field(metadata={"doc": "experts on a device"})
@@ -64,7 +65,8 @@ class Layout:
     memory: int = field(metadata={"doc": "bytes at most at once"})
     all_to_all_bytes: int = field(metadata={"doc": "bytes sent to experts and back"})
     word_bytes: int = field(metadata={"doc": "bytes sent for words that are spread"})
-    all_reduce_bytes: int = field(metadata={"doc": "bytes sent to add up gradients of copies"})
+    all_reduce_bytes: int = field(metadata={"doc": "bytes sent to add up gradients of what all have"})
+    copies_bytes: int = field(metadata={"doc": "bytes sent to add up gradients of the experts' copies"})
     arithmetic_seconds: float = field(metadata={"doc": "seconds of arithmetic"})
     memory_seconds: float = field(metadata={"doc": "seconds of weights, gradients and optimizer in memory"})
     network_seconds: float = field(metadata={"doc": "seconds of the network"})
@@ -113,15 +115,14 @@ def lay_out(
     copied = (memory.others + (0 if method.spread_words else memory.tables)) // FLOAT32
     sent = _all_to_all_bytes(config, sharing, tokens)
     of_words = micro_batches * _word_bytes(config, method) if method.spread_words else 0
+    reduced = round(2 * (devices - 1) / devices * copied * FLOAT32)
     of_a_copy = memory.experts + (memory.tables if method.spread_words else 0)
-    reduced = round(
-        2 * (devices - 1) / devices * copied * FLOAT32 + 2 * (expert_copies - 1) / expert_copies * of_a_copy
-    )
+    between = round(2 * (expert_copies - 1) / expert_copies * of_a_copy)
     seconds = (
         _busiest_flops(config, sharing) * tokens / (machine.flops * machine.efficiency),
         # Weights are read forward and backward, and with gradients and state read and written by the update.
         (4 * memory.weights + 2 * memory.gradients + 2 * memory.optimizer) / machine.memory_bandwidth,
-        (sent + of_words + reduced) / machine.bandwidth,
+        (sent + of_words + reduced + between) / machine.bandwidth,
     )
     num_experts = config.num_experts if isinstance(config, MixtureLM) else 0
     return Layout(
@@ -133,6 +134,7 @@ def lay_out(
         all_to_all_bytes=sent,
         word_bytes=of_words,
         all_reduce_bytes=reduced,
+        copies_bytes=between,
         arithmetic_seconds=seconds[0],
         memory_seconds=seconds[1],
         network_seconds=seconds[2],

@@ -43,8 +43,7 @@ def make_model(config: RunConfig, ranks: Ranks, *, device: torch.device) -> Laye
     """
     torch.manual_seed(derived_seed(Draw.WEIGHTS, config.seed))
     given_on = torch.device("meta" if device.type == "meta" else "cpu")
-    mesh = ranks.expert_mesh
-    if ranks.mesh is None or mesh is None:
+    if ranks.mesh is None or ranks.expert_mesh is None:
         return build(config.model, device=given_on, holding=Everything(experts_on=device)).to(device).train()
     shares_words = config.training.vocabulary == "sharded"
     if config.optim.in_backward:
@@ -53,8 +52,12 @@ def make_model(config: RunConfig, ranks: Ranks, *, device: torch.device) -> Laye
         raise ValueError(
             "optim.tables (rows): is for one process, or for training.vocabulary sharded; set the latter"
         )
+    if config.optim.tables == "rows" and ranks.copies is not None:
+        raise ValueError(
+            "optim.tables (rows): gradients of rows are not added up over training.expert-copies; use adam"
+        )
     holding = HoldingOfRank(
-        mesh[EXPERT],
+        ranks.expert_mesh[EXPERT],
         nodes=ranks.nodes,
         num_pieces=config.training.exchange_pieces,
         shares_words=shares_words,
@@ -62,7 +65,7 @@ def make_model(config: RunConfig, ranks: Ranks, *, device: torch.device) -> Laye
     )
     model = build(config.model, device=given_on, holding=holding).to(device)
     if config.training.selection == "gathered":
-        gather_selection(model, ranks.mesh)  # of all, as one process has them
+        gather_selection(model, ranks.mesh)
     return model.train()
 
 

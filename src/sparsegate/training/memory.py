@@ -20,7 +20,7 @@ def require_memory_for(config: RunConfig, ranks: Ranks = ALONE) -> None:
         return
     if device.type == "cpu":
         available //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # the ranks of a machine share its memory
-    sharing = max(1, ranks.num_ranks // config.training.expert_copies)
+    sharing = ranks.share.num_ranks
     if isinstance(config.model, Translation):
         _require_state(config, config.model, sharing, available)
     else:

@@ -3,7 +3,7 @@
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from .. import parallel
 
 GRACE_S = 2.0
+_AMONG_NEAR = ("counts", "exchange", "vocabulary")  # where ranks wait for those that share the experts
 _COLLECTIVES = (Path(dist.__file__).parent, Path(parallel.__file__).parent)
 
 
@@ -20,12 +21,18 @@ class RankMissing(RuntimeError):
 
 
 @contextmanager
-def naming_the_missing(group: dist.ProcessGroup | None, step: Callable[[], int]) -> Iterator[None]:
+def naming_the_missing(
+    group: dist.ProcessGroup | None,
+    step: Callable[[], int],
+    *,
+    near: Callable[[], Collection[int]] | None = None,
+) -> Iterator[None]:
     """Within the block a collective that fails is a RankMissing that names the ranks, the step and the place.
 
     Those that are not missing fail as well, within moments of the first: the engine breaks the connections
     of a rank that has given up. Each says so in the store of the group; who does not within GRACE_S is
-    missing. group: None for a process that is alone.
+    missing. group: None for a process that is alone. near: the ranks that tokens travel among, where these
+    are not all: whoever waited for one of them does not know of others, which may be computing.
     """
     try:
         yield
@@ -34,6 +41,8 @@ def naming_the_missing(group: dist.ProcessGroup | None, step: Callable[[], int])
             raise
         place = next(f for f in reversed(traceback.extract_tb(error.__traceback__)) if _is_ours(f.filename))
         missing = _missing(group)
+        if near is not None and Path(place.filename).stem in _AMONG_NEAR:
+            missing = [rank for rank in missing if rank in near()] or missing
         whom = f"rank {', '.join(map(str, missing))}" if missing else "each other, as one came too late"
         raise RankMissing(
             f"the ranks waited in vain for {whom}, after step {step()}, in {Path(place.filename).stem}."

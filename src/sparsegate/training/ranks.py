@@ -43,7 +43,7 @@ class Ranks:
     the experts have several copies. nodes: those that share a copy, by node, where tokens are to cross once
     between these; None: they go straight to ranks. gradient_group: the same ranks as the mesh's once more,
     for sums that begin while tokens travel; None: gradients are not added up by these. timeout_s: how long
-    they wait for each other.
+    they wait for each other; None: as long as torch does.
 
     Every method is called by all ranks together.
     """
@@ -54,11 +54,11 @@ class Ranks:
     copies: DeviceMesh | None = None
     nodes: DeviceMesh | None = None
     gradient_group: dist.ProcessGroup | None = None
-    timeout_s: float = 1800.0
+    timeout_s: float | None = None
 
     @staticmethod
     def of_mesh(
-        mesh: DeviceMesh, *, gradient_group: dist.ProcessGroup | None = None, timeout_s: float = 1800.0
+        mesh: DeviceMesh, *, gradient_group: dist.ProcessGroup | None = None, timeout_s: float | None = None
     ) -> "Ranks":
         return Ranks(
             rank=mesh.get_local_rank(),
@@ -115,8 +115,15 @@ class Ranks:
         return self.copies is None or self.copies.get_local_rank(DATA) == 0
 
     @property
-    def _timeout(self) -> timedelta:
-        return timedelta(seconds=self.timeout_s)
+    def of_own_copy(self) -> list[int]:
+        """The ranks that this one shares the experts with."""
+        if self.copies is None:
+            return [*range(self.num_ranks)]
+        return self.copies[EXPERT].mesh.tolist()
+
+    @property
+    def _timeout(self) -> timedelta | None:
+        return None if self.timeout_s is None else timedelta(seconds=self.timeout_s)
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -203,7 +210,7 @@ class Ranks:
     def beside(self) -> "Ranks":
         """The same ranks once more, to be called by another thread while this one calls these. On the CPU.
 
-        They end with the engine's process group.
+        They end with the engine's process group. They know which experts they have, and compute nothing.
         """
         if self.mesh is None:
             return self
@@ -214,7 +221,8 @@ class Ranks:
             use_local_synchronization=True,
         )
         assert isinstance(group, dist.ProcessGroup)
-        return replace(self, mesh=DeviceMesh.from_group(group, "cpu", mesh_dim_names=(EXPERT,)))
+        mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=(EXPERT,))
+        return replace(self, mesh=mesh, nodes=None, gradient_group=None)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -285,7 +293,7 @@ def ranks_of_process(device: torch.device, *, timeout_s: float) -> Iterator[Rank
         yield ALONE
         return
     rank, num_ranks = (number_of(os.environ, name) for name in ("RANK", "WORLD_SIZE"))
-    patience_s = 0.4 * timeout_s  # so that all end within a minute, starting included
+    patience_s = 0.4 * timeout_s  # of the default 100 s: all end within a minute, starting included
     with _told_by_first(rank):
         _require_restartable(os.environ)
     store = open_store(os.environ, within_s=patience_s)
