@@ -49,6 +49,10 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "256 experts, flat, factored": ("small-moe-256", {"optim.experts": "factored"}),
     "1,024 experts in 32 groups": ("small-moe-1024-h", {}),
     "1,024 experts in 32 groups, factored": ("small-moe-1024-h", {"optim.experts": "factored"}),
+    "256 experts, flat, factored, two copies": (
+        "small-moe-256",
+        {"optim.experts": "factored", "training.expert_copies": 2},
+    ),
     "no experts, words spread": ("small-lstm", {"training.vocabulary": "sharded"}),
     "no experts, words spread, 512 candidates": (
         "small-lstm",
@@ -100,14 +104,15 @@ def row(case: str, num_ranks: int, found: list[dict[str, float]]) -> dict[str, A
     to_send = layout.all_to_all_bytes + layout.word_bytes
     sent = sum(rank["all_to_all"] for rank in found) / num_ranks
     reduced = sum(rank["all_reduce"] for rank in found) / num_ranks
+    to_reduce = layout.all_reduce_bytes + layout.copies_bytes
     memory = max(rank["memory"] for rank in found)
     return {
         "case": case,
         "ranks": num_ranks,
         "all-to-all, planned (MB)": to_send / 1e6,
         "measured (MB)": sent / 1e6,
-        "measured / planned": sent / to_send if num_ranks > 1 else None,
-        "all-reduce, planned (MB)": layout.all_reduce_bytes / 1e6,
+        "measured / planned": sent / to_send if to_send else None,
+        "all-reduce, planned (MB)": to_reduce / 1e6,
         " measured (MB)": reduced / 1e6,
         "memory, planned (MB)": layout.memory / 1e6,
         "  measured (MB)": memory / 1e6,
@@ -135,6 +140,7 @@ def planned(case: str, num_ranks: int) -> Layout:
         method_of(config),
         batch_tokens=batch_tokens(config),
         micro_batches=config.training.micro_batches,
+        expert_copies=config.training.expert_copies,
     )
 
 
@@ -170,24 +176,27 @@ def _train(case: str, rank: int, num_ranks: int, data: str, folder: Path) -> dic
     dist.barrier()
     before = bytes_of("VmRSS")
     RESET.write_text("5")  # the peak begins anew
-    with counted_in_steps(sent, rank, num_ranks):
+    with counted_in_steps(sent):
         loop.train(config, folder=folder / "run")
     memory = bytes_of("VmHWM") - before
     return {**{name: sent[name] / STEPS for name in ("all_to_all", "all_reduce")}, "memory": memory}
 
 
 @contextmanager
-def counted_in_steps(sent: Counter[str], rank: int, num_ranks: int) -> Iterator[None]:
+def counted_in_steps(sent: Counter[str]) -> Iterator[None]:
     """Add up what this rank sends to others in the steps of training, by collective."""
     step, all_to_all, all_reduce = loop.Run.step, dist.all_to_all_single, dist.all_reduce
 
     def count_all_to_all(into: Tensor, tensor: Tensor, received=None, given=None, **options):
-        rows = len(tensor) // num_ranks if given is None else given[rank]
+        group = options.get("group")
+        own, members = dist.get_rank(group), dist.get_world_size(group)
+        rows = len(tensor) // members if given is None else given[own]
         sent["all_to_all"] += tensor.nbytes - tensor[:rows].nbytes
         return all_to_all(into, tensor, received, given, **options)
 
     def count_all_reduce(tensor: Tensor, *given, **options):
-        sent["all_reduce"] += 2 * (num_ranks - 1) * tensor.nbytes // num_ranks
+        members = dist.get_world_size(options.get("group"))
+        sent["all_reduce"] += 2 * (members - 1) * tensor.nbytes // members
         return all_reduce(tensor, *given, **options)
 
     def counted(run: loop.Run) -> None:
