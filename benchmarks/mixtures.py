@@ -99,6 +99,7 @@ def steps_per_step(
     steps = {name: stepper(vary(base), sizes) for name, vary in variants.items()}
     times = seconds(steps, repeats=args.timed_steps)
     speeds = {name: median_ratio(times[first], times[name]) for name in variants}
+    args.out.mkdir(parents=True, exist_ok=True)
     write_json_atomically(kept, speeds)
     return speeds
 
