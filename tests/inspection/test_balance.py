@@ -1,6 +1,7 @@
 """The balance metrics against numpy, and against what the paper's quantities are in closed form."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -54,6 +55,16 @@ def test_metrics_are_those_of_numpy(seed, num_experts):
     assert metrics["dead_experts"] == np.count_nonzero(count == 0)
     if count.any():
         assert metrics["max_over_mean_load"] == pytest.approx(np.max(count) / np.mean(count), rel=1e-12)
+
+
+@given(seed=st.integers(0, 2**32 - 1), bounds=st.lists(st.integers(0, 30), max_size=6).map(sorted))
+def test_the_load_of_ranks_is_that_of_their_experts_together(seed, bounds):
+    sums = random_sums(seed, 30)
+    ranks = [range(a, b) for a, b in pairwise([0, *bounds, 30])]
+    metrics = balance_metrics(sums, ranks=ranks)
+    of_rank = [int(sums.count_E.numpy()[own.start : own.stop].sum()) for own in ranks]
+    assert metrics.pop("max_over_mean_rank_load") == pytest.approx(max(of_rank) / np.mean(of_rank))
+    assert metrics == balance_metrics(sums)
 
 
 @given(seed=st.integers(0, 2**32 - 1))

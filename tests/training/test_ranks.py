@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sparsegate.training.log import read_log
 from sparsegate.training.loop import train
 from sparsegate.training.ranks import ranks_of_process
 from sparsegate.training.run_folder import checkpoints_of, saved_steps
@@ -57,6 +58,12 @@ def test_how_tokens_travel_changes_nothing(configs, alone, ranks, tmp_path):
     config = exact(configs["language"], exchange="by_node", exchange_pieces=2)
     assert ranks.run(train_on_rank, 4, config, str(tmp_path)) == [""] * 4
     assert_alike(ended(tmp_path), alone["language"], tolerance=TOLERANCE)
+    loads = [
+        line["moe/max_over_mean_rank_load"]
+        for line in read_log(tmp_path / "log.jsonl")
+        if line["kind"] == "step"
+    ]
+    assert all(1 <= load <= 4 for load in loads)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ _PLAIN_SECONDS = 30.0
 _TRAIN = ("loss", "perplexity", "tokens_per_second", "learning_rate")
 _VALID = ("loss", "perplexity", "bits_per_byte", "bleu")
 _EVALUATION = ("loss", "perplexity", "word_perplexity", "bits_per_byte", "bleu", "chrf2")
-_BALANCE = ("cv_load", "cv_importance", "max_over_mean_load", "dead_experts")
+_BALANCE = ("cv_load", "cv_importance", "max_over_mean_load", "max_over_mean_rank_load", "dead_experts")
 _LOST = ("unrouted_share", "dropped_share")  # where any is: most gates lose nothing
 _LABELS = {
     "tokens_per_second": "tokens/s",
@@ -32,6 +32,7 @@ _LABELS = {
     "cv_importance": "CV importance",
     "cv_load": "CV load",
     "max_over_mean_load": "max/mean",
+    "max_over_mean_rank_load": "of ranks",
     "dead_experts": "dead",
     "unrouted_share": "unrouted",
     "dropped_share": "dropped",
@@ -48,6 +49,7 @@ _FORMATS = {
     "cv_importance": ".2f",
     "cv_load": ".2f",
     "max_over_mean_load": ".2f",
+    "max_over_mean_rank_load": ".2f",
     "dead_experts": ",.0f",
     "unrouted_share": ".1%",
     "dropped_share": ".1%",

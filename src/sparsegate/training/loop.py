@@ -130,6 +130,7 @@ def make_reporter(
         name=config.name,
         log_every=config.training.log_every,
         console=console,
+        expert_ranks=ranks.share.num_ranks,
     )
 
 

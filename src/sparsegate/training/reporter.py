@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..inspection.balance import balance_metrics
 from ..moe.routing import BalanceSums
+from ..parallel.placement import split
 from .display import Display, exp
 from .log import EventFile, JsonLog, Line
 
@@ -22,6 +23,7 @@ class Reporter:
     folder: of the run; it exists. total_steps: of the whole run, also those before a resume. name: what the
     display calls the run. log_every: steps from one line of the log to the next; the first and the last step
     have one too. console: None shows nothing; one that is not a terminal gets a plain line now and then.
+    expert_ranks: that the experts are spread over.
 
     Steps are counted from 1: `step` is the number of optimizer steps done. A line of the log has `kind`
     ("step", "evaluation", or an event's), `step`, `time` (seconds since 1970) and the values. Numbers that
@@ -34,13 +36,20 @@ class Reporter:
     """
 
     def __init__(
-        self, *, folder: Path, total_steps: int, name: str, log_every: int, console: Console | None
+        self,
+        *,
+        folder: Path,
+        total_steps: int,
+        name: str,
+        log_every: int,
+        console: Console | None,
+        expert_ranks: int = 1,
     ) -> None:
         self._folder = folder
         self._log = JsonLog(path=folder / "log.jsonl")
         self._events = EventFile(folder=folder / "tensorboard")
         self._display = Display(name=name, total_steps=total_steps, console=console)
-        self._total_steps, self._log_every = total_steps, log_every
+        self._total_steps, self._log_every, self._expert_ranks = total_steps, log_every, expert_ranks
         self._step = 0
         self._tokens: float | Tensor = 0
         self._since = time.monotonic()
@@ -118,7 +127,10 @@ class Reporter:
     ) -> dict[str, float]:
         values = _named("train/", metrics)
         for layer, sums in balance.items():
-            values |= {f"{layer}/{key}": value for key, value in balance_metrics(sums).items()}
+            several = self._expert_ranks > 1
+            ranks = split(len(sums.count_E), self._expert_ranks) if several else ()
+            found = balance_metrics(sums, ranks=ranks)
+            values |= {f"{layer}/{key}": value for key, value in found.items()}
         now = time.monotonic()  # after the values were read, so after the device has finished this step
         if "tokens" in metrics:
             values["train/tokens_per_second"] = float(self._tokens) / max(now - self._since, 1e-9)
