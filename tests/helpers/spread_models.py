@@ -21,6 +21,7 @@ from sparsegate.moe.layer import MoE
 from sparsegate.moe.losses import importance_loss, load_loss, threshold_loss
 from sparsegate.moe.routing import BalanceSums
 from sparsegate.parallel.distribute import (
+    expert_parameters,
     gradient_norm,
     names_in_one_process,
     shard_experts,
@@ -221,3 +222,13 @@ def shared_experts_of_a_rank(mesh: DeviceMesh) -> tuple[int, bool]:
     layers[1].gate, layers[1].experts = layers[0].gate, layers[0].experts
     spread_experts(layers, mesh)
     return len([*layers.parameters()]), layers[0].experts is layers[1].experts
+
+
+def held_of_a_rank(mesh: DeviceMesh) -> tuple[int, int]:
+    """Numbers that a rank keeps of the experts of a layer that four ranks share, and those of the layer."""
+    moe = MoE.noisy_topk(width=4, hidden=6, num_experts=2, k=2)
+    whole = sum(parameter.numel() for parameter in moe.experts.parameters())
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "expert"))
+    spread_experts(moe, mesh)
+    shard_experts(moe, mesh)
+    return sum(parameter.to_local().numel() for parameter in expert_parameters(moe)), whole

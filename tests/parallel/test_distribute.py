@@ -7,6 +7,7 @@ from sparsegate.parallel.placement import experts_of
 from tests.helpers.spread_models import (
     Case,
     Trained,
+    held_of_a_rank,
     refusals_of_a_rank,
     shared_experts_of_a_rank,
     train_in_one_process,
@@ -60,6 +61,12 @@ def test_ten_updates_on_ranks_are_those_of_one_process(case, ranks):
     joined = case.selection == "gathered" or case.gate in ("noisy_topk", "hierarchical")
     found = ranks.run(train_on_rank, len(case.rows), case)
     assert_trained_alike(case, train_in_one_process(case, joined=joined), found)
+
+
+def test_experts_that_are_cut_are_nowhere_twice(ranks):
+    """One expert for two ranks is cut along its weights."""
+    held = ranks.run(held_of_a_rank, 4)
+    assert {4 * own for own, _ in held} == {whole for _, whole in held}
 
 
 def test_layers_that_share_their_experts_go_on_sharing_them(ranks):
