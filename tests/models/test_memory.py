@@ -90,8 +90,8 @@ def test_a_vocabulary_that_is_sampled_needs_no_logits_of_all_words():
 
 def test_of_many_words_there_are_never_all_logits_and_of_few_three_times():
     config = replace(recipe("moe-256").model, softmax_samples=0)
-    few = training_memory(replace(config, vocab_size=8000), Method(tokens=2048))
-    assert few.softmax == 3 * 2048 * 8000 * 4
+    few = training_memory(replace(config, vocab_size=8000), Method(tokens=512))
+    assert few.softmax == 3 * 512 * 8000 * 4
     assert training_memory(config, Method(tokens=2048)).softmax < 32 * 2**20
     assert training_memory(config, Method(tokens=1 << 17)).softmax < 2 * (1 << 17) * (512 + 256) * 4
 

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Up to here the plain way: it has three products instead of four, and what it keeps, 64 MB in float32 and
-# about three times as much in the backward pass, is little beside what a model takes that has more words.
-MAX_LOGITS = 1 << 24
+# Up to here the plain way, which has three products instead of four. With more logits what it takes for them,
+# fresh memory several times in each pass, costs a CPU more than the fourth: at width 128 and 2^23 logits 1.3
+# to 1.7 times the time (one thread), at width 512 nothing yet.
+MAX_LOGITS = 1 << 22
 # Logits at once where it is not plain. More of them leave the processor's caches between one pass and the
 # next; with fewer words at a time products are slower.
 _BLOCK_LOGITS = 1 << 21

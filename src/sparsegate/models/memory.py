@@ -195,7 +195,7 @@ def _softmax(config: LanguageModelConfig, softmax: Softmax, method: Method) -> i
     """Log-probabilities, and the most of their gradient and that of the logits; and the candidates' rows."""
     tokens = method.tokens
     if samples := config.sampled_words:
-        logits = tokens * (4 * samples if is_plain(tokens, samples) else block_words(tokens))
+        logits = tokens * min(samples, block_words(tokens))
         return (logits + 2 * (tokens + samples) * config.width) * FLOAT32
     if method.spread_words:
         return _spread_softmax(config, method, tokens * method.devices)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cross_entropy import is_plain, linear_cross_entropy, target_and_logsumexp
+from .cross_entropy import linear_cross_entropy, target_and_logsumexp
 
 # Of the width, from an adaptive softmax's cluster to the next; 4 is the paper's that it is from, and torch's.
 _DIVISOR = 4
@@ -168,22 +168,17 @@ def nll_among(
     is_again_S = F.pad(sample_S[1:] == sample_S[:-1], (1, 0))
     dtype = torch.promote_types(target_logit_T.dtype, torch.float32)
     target_logit_T = target_logit_T.to(dtype) - chance_N[:num_tokens].to(dtype)
-    if not is_plain(num_tokens, len(sample_S)):
-        bias_S = bias_N[num_tokens:].to(dtype) - chance_N[num_tokens:].to(dtype)
-        _, sum_T = target_and_logsumexp(
-            hidden_TD,
-            weight_ND[num_tokens:],
-            bias_S.masked_fill(is_again_S, -torch.inf),
-            torch.full_like(target_T, -1),
-        )
-        # A target among the candidates is in their sum already.
-        place_T = torch.searchsorted(sample_S, target_T).clamp_max(len(sample_S) - 1)
-        with_target_T = torch.logaddexp(sum_T, target_logit_T)
-        return torch.where(sample_S[place_T] == target_T, sum_T, with_target_T) - target_logit_T
-    logit_TS = F.linear(hidden_TD, weight_ND[num_tokens:], bias_N[num_tokens:])
-    logit_TS = logit_TS.to(dtype) - chance_N[num_tokens:].to(dtype)
-    logit_TS = logit_TS.masked_fill(is_again_S | (sample_S == target_T[:, None]), -torch.inf)
-    return torch.cat([target_logit_T[:, None], logit_TS], dim=1).logsumexp(dim=1) - target_logit_T
+    bias_S = bias_N[num_tokens:].to(dtype) - chance_N[num_tokens:].to(dtype)
+    _, sum_T = target_and_logsumexp(
+        hidden_TD,
+        weight_ND[num_tokens:],
+        bias_S.masked_fill(is_again_S, -torch.inf),
+        torch.full_like(target_T, -1),
+    )
+    # A target among the candidates is in their sum already.
+    place_T = torch.searchsorted(sample_S, target_T).clamp_max(len(sample_S) - 1)
+    with_target_T = torch.logaddexp(sum_T, target_logit_T)
+    return torch.where(sample_S[place_T] == target_T, sum_T, with_target_T) - target_logit_T
 
 
 class AdaptiveSoftmax(Softmax):
