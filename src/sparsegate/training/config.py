@@ -120,6 +120,10 @@ class OptimConfig:
         "adam",
     )
     learning_rate: float = option("at the end of the warm-up, its greatest value", 1e-3)
+    expert_rate: float = option(
+        "the experts' learning rate over that of everything else: each of many sees few tokens in a batch",
+        1.0,
+    )
     warmup_steps: int = option("steps of linear warm-up", 1000)
     constant_steps: int = option("steps after the warm-up before the rate falls", 0)
     beta1: float = option("Adam's decay of the mean gradient", 0.9)
@@ -137,6 +141,7 @@ class OptimConfig:
                 "nearest, or optim.experts factored",
             )
         require(self.learning_rate > 0, "optim.learning-rate", self.learning_rate, "above 0")
+        require(self.expert_rate > 0, "optim.expert-rate", self.expert_rate, "above 0")
         require(self.warmup_steps >= 0, "optim.warmup-steps", self.warmup_steps, "at least 0")
         require(self.constant_steps >= 0, "optim.constant-steps", self.constant_steps, "at least 0")
         for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):

@@ -21,6 +21,7 @@ from .noise import Draw, derived_seed
 from .ranks import ALONE, Ranks
 from .run_folder import RunDataset, checkpoints_of, read_best, read_run_config, read_vocabulary
 from .state import TrainState
+from .step import RATE
 
 
 def make_state(config: RunConfig, ranks: Ranks = ALONE) -> TrainState:
@@ -79,13 +80,20 @@ def with_optimizers(model: LayeredModel, config: RunConfig) -> TrainState:
     optimizers: list[torch.optim.Optimizer] = []
     if dense := [p for p in _trained(model.parameters()) if p not in others]:
         fused = not dense[0].is_meta  # there is no such form of it
-        optimizers.append(torch.optim.Adam(dense, lr=rate, betas=betas, eps=eps, fused=fused))
+        of_experts = {*model.expert_parameters()}
+        groups = [
+            {"params": [p for p in dense if p not in of_experts]},
+            {"params": [p for p in dense if p in of_experts], RATE: optim.expert_rate},
+        ]
+        groups = [group for group in groups if group["params"]]
+        optimizers.append(torch.optim.Adam(groups, lr=rate, betas=betas, eps=eps, fused=fused))
     if tables:
         optimizers.append(RowAdam(tables, lr=rate, beta1=optim.beta1, beta2=optim.beta2, eps=eps))
     factored = None
     if experts:
         seed = derived_seed(Draw.ROUNDING, config.seed) if optim.rounding == "stochastic" else None
-        factored = FactoredAdam(experts, lr=rate, beta2=optim.beta2, eps=eps, rounding_seed=seed)
+        group = {"params": experts, RATE: optim.expert_rate}
+        factored = FactoredAdam([group], lr=rate, beta2=optim.beta2, eps=eps, rounding_seed=seed)
         optimizers.append(factored)
         if optim.in_backward:
             model.give_expert_gradients_to(factored)

@@ -17,6 +17,9 @@ from .gradients import gradients_of
 from .ranks import ALONE, Ranks
 from .tasks.task import Forward, Part, State, SumsByLayer
 
+# Of a group of an optimizer: its learning rate over that of the step.
+RATE = "rate"
+
 
 class NonFinite(RuntimeError):
     """Too many steps in a row had a non-finite loss or gradient."""
@@ -118,7 +121,7 @@ def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], learning_rate
     """Of the next step; before a backward pass that updates weights."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get(RATE, 1.0)
 
 
 def balance_loss(sums: Mapping[str, BalanceSums], weights: LossConfig) -> Tensor:
