@@ -79,6 +79,7 @@ def test_a_report_is_made_of_what_is_there(done: Path, capsys: Capture):
         (["--learning-rates", "1e-2", "2e-2"], "learning-rates (0.01 0.02) is 0.01 in"),
         (["--gates", "on-top"], "gates (on-top) is within in"),
         (["--dropout", "0.5"], "dropout (0.5) is 0.0 in"),
+        (["--expert-rate", "0.5"], "expert-rate (0.5) is 1.0 in"),
     ],
 )
 def test_another_configuration_is_refused_and_nothing_is_lost(

@@ -95,6 +95,13 @@ def add_arguments(parser: Parser) -> None:
         metavar="N",
         help=f"tokens in a batch, about (laptop: {SCALES['laptop'].batches.batch_words})",
     )
+    fixed.add_argument(
+        "--expert-rate",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="of the mixtures' experts: their learning rate over that of everything else (default: 1)",
+    )
     fixed.add_argument("--dropout", type=float, default=0.0, metavar="X", help="of all models (default: 0)")
     parser.add_argument(
         "--report", action="store_true", help="train nothing; results and figures of what is there"
@@ -146,6 +153,7 @@ def study_of(args: Namespace) -> Study:
         gates=args.gates,
         batches=batches,
         dropout=args.dropout,
+        expert_rate=args.expert_rate,
         learning_rates=tuple(args.learning_rates or scale.learning_rates),
         search_words=scale.search_words if args.search_words is None else args.search_words,
         keep_weights=args.keep_weights,

@@ -44,6 +44,7 @@ class Study:
     dropout: float
     learning_rates: tuple[float, ...]
     search_words: int
+    expert_rate: float = 1.0  # of the mixtures' experts, over that of everything else
     keep_weights: bool = field(metadata={"doc": "whether checkpoints stay when a run has been measured"})
 
     def __post_init__(self) -> None:
@@ -54,6 +55,7 @@ class Study:
         require(list(self.words) == sorted(self.words), "words", _shown(self.words), "ascending")
         require(min(self.seeds) >= 0, "seeds", _shown(self.seeds), "at least 0")
         require(min(self.learning_rates) > 0, "learning-rates", _shown(self.learning_rates), "above 0")
+        require(self.expert_rate > 0, "expert-rate", self.expert_rate, "above 0")
         require(self.search_words > 0, "search-words", self.search_words, "above 0")
         both = sorted({*self.models} & {*self.other_costs})
         require(not both, "other-costs", ", ".join(both), "other models than those of --models")
@@ -75,7 +77,13 @@ class Study:
         config = language_model(name)
         if name in self.models:
             config = member(name, budget=self.ops_per_timestep, gates=self.gates)
-        config = for_study(config, self.defaults, batches=self.batches, dropout=self.dropout)
+        config = for_study(
+            config,
+            self.defaults,
+            batches=self.batches,
+            dropout=self.dropout,
+            expert_rate=self.expert_rate,
+        )
         return replace(config, data=self.data)
 
     def check(self, dataset: Dataset) -> None:

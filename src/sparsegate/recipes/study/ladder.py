@@ -122,7 +122,9 @@ def _narrowed(model: MixtureLM, budget: int) -> MixtureLM:
     return replace(model, hidden=min(model.hidden, max(hidden, HIDDEN_STEP)))
 
 
-def for_study(config: RunConfig, scale: Scale, *, batches: SentencesConfig, dropout: float) -> RunConfig:
+def for_study(
+    config: RunConfig, scale: Scale, *, batches: SentencesConfig, dropout: float, expert_rate: float = 1.0
+) -> RunConfig:
     """The recipe as all models of a study are trained: on sentences, with factored Adam for the experts.
 
     The factored optimizer lets 4,096 experts fit where Adam's two moments would not, so all mixtures have it.
@@ -132,7 +134,7 @@ def for_study(config: RunConfig, scale: Scale, *, batches: SentencesConfig, drop
         config,
         model=replace(config.model, dropout=dropout, softmax_samples=0),
         batches=batches,
-        optim=OptimConfig(experts="factored", warmup_steps=scale.warmup_steps),
+        optim=OptimConfig(experts="factored", expert_rate=expert_rate, warmup_steps=scale.warmup_steps),
         training=TrainingConfig(
             precision=scale.precision,
             device=scale.device,
