@@ -69,7 +69,7 @@ def test_how_tokens_travel_changes_nothing(configs, alone, ranks, tmp_path):
 @pytest.mark.parametrize(
     ("task", "copies", "training"),
     [
-        ("language", 4, {"background_saves": True}),
+        ("language", 4, {}),
         ("language", 2, {"micro_batches": 2}),
         ("translation", 2, {"exchange": "by_node", "exchange_pieces": 2}),
     ],
