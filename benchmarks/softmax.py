@@ -9,7 +9,9 @@ at a time: what trains now instead. sampled: of 8,192 words, with the optimizer 
 clusters from the 20,000th and the 200,000th word.
 
 Peak: of what the process holds beyond what it held before the layer was made, its weights, gradients and
-optimizer included; Linux tells it. Words are drawn log-uniformly, as they are frequent.
+optimizer included; Linux tells it. For that the allocator gives back what is freed, which takes time: with
+--times it is left as it is, and the peak is not to be believed. Words are drawn log-uniformly, as they are
+frequent.
 """
 
 import argparse
@@ -33,6 +35,8 @@ from sparsegate.optim.rows import RowAdam
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 CUTOFFS = (20_000, 200_000)
 WAYS = ("full, all logits", "full, some at a time", "sampled", "adaptive")
+# To the allocator: what is freed goes back to the system at once, and is not counted as held.
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 # Of the words, so that their float64 weights are never there at once either.
 _CHECKED_AT_ONCE = 1 << 15
 
@@ -44,21 +48,21 @@ def main() -> None:
         return
     rows = []
     for name in args.ways:
-        rows.append(row(name))
+        rows.append(row(name, args))
         print(rows[-1], file=sys.stderr, flush=True)
     print(markdown(rows))
     sizes = {name: getattr(args, name) for name in ("tokens", "words", "width", "samples", "repeats")}
-    print(store(args.out, {**circumstances(), "threads": args.threads, **sizes, "rows": rows}))
+    how = {"threads": args.threads, "times": args.times, **sizes}
+    print(store(args.out, {**circumstances(), **how, "rows": rows}))
 
 
-def row(name: str) -> dict[str, object]:
+def row(name: str, args: argparse.Namespace) -> dict[str, object]:
     """Measured in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.softmax", "--one", name, *sys.argv[1:]],
         capture_output=True,
         text=True,
-        # What is freed goes back to the system at once, and is not counted as held.
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
+        env={**os.environ, **({} if args.times else GIVES_BACK)},
     )
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -172,6 +176,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--times", action="store_true", help="an allocator as in training")
     parser.add_argument("--out", type=Path, default=RESULTS / "softmax.json")
     parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
     return parser.parse_args()
