@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Up to here the plain way, which has three products instead of four. With more logits what it takes for them,
-# fresh memory several times in each pass, costs a CPU more than the fourth: at width 128 and 2^23 logits 1.3
-# to 1.7 times the time (one thread), at width 512 nothing yet.
+# fresh memory several times in each pass, costs a CPU about as much as the fourth at width 512, and more at
+# smaller widths (docs/large_models.md).
 MAX_LOGITS = 1 << 22
 # Logits at once where it is not plain. More of them leave the processor's caches between one pass and the
 # next; with fewer words at a time products are slower.
