@@ -6,11 +6,11 @@
     python -m benchmarks.mixtures softmax --data DIR --out RUNS --steps 2000
 
 All variants see the same batches and have the recipe's multiply-adds per token. A learning rate is chosen for
-each, on the validation split after `--search-steps`; loss weights share one. Then one run for each seed,
-reported on the test split, beside the first row's with the same seeds: the ratio of perplexities, with
-Student's 95% interval over the seeds. The balance is a mean over the logged training batches of the last
-quarter of the steps, as in the paper. Everything is a run folder and is resumed when the command is given
-again.
+each, and one for its experts, on the validation split after `--search-steps`; loss weights share them. Then
+one run for each seed, reported on the test split, beside the first row's with the same seeds: the ratio of
+perplexities, with Student's 95% interval over the seeds. The balance is a mean over the logged training
+batches of the last quarter of the steps, as in the paper. Everything is a run folder and is resumed when the
+command is given again.
 
 What changes the time of a step is timed first, on random text, in turn with the first row in one process; a
 row "in equal time" makes as many steps as that leaves it.
@@ -40,7 +40,7 @@ from sparsegate.models.gates import (
 )
 from sparsegate.recipes.planner import plan
 from sparsegate.recipes.registry import recipe
-from sparsegate.recipes.search import search
+from sparsegate.recipes.search import Trial, search
 from sparsegate.recipes.study.intervals import over_seeds
 from sparsegate.training.config import ContinuousConfig, LossConfig, RunConfig
 from sparsegate.training.log import read_log
@@ -55,13 +55,14 @@ def main() -> None:
     base = replace(recipe(args.recipe), data=str(args.data), seed=0)
     base = replace(base, model=replace(base.model, dropout=0.0))
     variants = TABLES[args.table]
-    rate = best_rate(base, args, args.recipe) if args.table == "losses" else None
+    shared = best_trial(base, args, args.recipe) if args.table == "losses" else None
     speeds = steps_per_step(variants, base, args) if args.table in ("optimizers", "softmax") else {}
     rows: list[dict[str, Any]] = []
     for name in args.only or variants:
         config = variants[name](base)
-        chosen = rate or best_rate(config, args, name.removesuffix(IN_EQUAL_TIME))
-        config = replace(config, optim=replace(config.optim, learning_rate=chosen))
+        best = shared or best_trial(config, args, name.removesuffix(IN_EQUAL_TIME))
+        rates = {"learning_rate": best.learning_rate, "expert_rate": best.expert_rate}
+        config = replace(config, optim=replace(config.optim, **rates))
         costs = plan(config.model)
         steps = round(args.steps * speeds[name]) if name.endswith(IN_EQUAL_TIME) else args.steps
         rows.append(
@@ -69,7 +70,7 @@ def main() -> None:
                 "name": name,
                 "ops_per_timestep": costs.ops_per_timestep,
                 "parameters_without_embedding_and_softmax": costs.parameters_without_embedding_and_softmax,
-                "learning_rate": chosen,
+                **rates,
                 "steps": steps,
                 "steps_per_step_of_first": speeds.get(name),
                 "runs": runs(config, args, name, steps),
@@ -117,17 +118,18 @@ def against(runs: list[dict[str, Any]], first: list[dict[str, Any]]) -> dict[str
     }
 
 
-def best_rate(config: RunConfig, args: argparse.Namespace, name: str) -> float:
-    """The learning rate of lowest validation perplexity after the search steps."""
+def best_trial(config: RunConfig, args: argparse.Namespace, name: str) -> Trial:
+    """The rates of lowest validation perplexity after the search steps."""
     trials = search(
         shortened(config, args.search_steps),
         folder=args.out / name / "search",
         learning_rates=args.learning_rates,
+        expert_rates=args.expert_rates,
         dropouts=[0.0],
         console=None,
         on_trial=lambda trial: print(name, trial, flush=True),
     )
-    return trials[0].learning_rate
+    return trials[0]
 
 
 def runs(config: RunConfig, args: argparse.Namespace, name: str, steps: int) -> list[dict[str, Any]]:
@@ -153,6 +155,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         [
             "",
             "learning rate",
+            "of experts",
             "test perplexity by seed",
             "against the first",
             *BALANCE_METRICS,
@@ -172,7 +175,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{row['against_first'][at]:.3f}" for at in ("low", "high") if at in row["against_first"]
         )
         beside = f"{row['against_first']['ratio']:.3f}" + f" ({beside})" * bool(beside)
-        lines.append([row["name"], f"{row['learning_rate']:g}", perplexities, beside, *balance, words, hours])
+        rates = [f"{row[rate]:g}" for rate in ("learning_rate", "expert_rate")]
+        lines.append([row["name"], *rates, perplexities, beside, *balance, words, hours])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -278,6 +282,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--search-steps", type=int, default=500)
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[4e-3, 8e-3, 1.6e-2])
+    parser.add_argument("--expert-rates", type=float, nargs="+", default=[1.0], help="over the learning rate")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--timed-steps", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)

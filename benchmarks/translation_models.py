@@ -2,11 +2,11 @@
 
     python -m benchmarks.translation_models --data DIR --out RUNS --steps 2000
 
-All models see the same batches. A learning rate and a dropout are chosen for each on the validation split
-after `--search-steps`, where several are given; then there is one run for each seed. Of its best checkpoint
-the test split's perplexity is measured and its translations by beam search, with bootstrap intervals, and
-paired with those of the first model and the same seed. Everything is a run folder and is resumed when the
-command is given again; what was measured is kept beside it.
+All models see the same batches. A learning rate, one for its experts and a dropout are chosen for each on the
+validation split after `--search-steps`, where several are given; then there is one run for each seed. Of its
+best checkpoint the test split's perplexity is measured and its translations by beam search, with bootstrap
+intervals, and paired with those of the first model and the same seed. Everything is a run folder and is
+resumed when the command is given again; what was measured is kept beside it.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from sparsegate.data.languages import languages_of
 from sparsegate.data.parallel import TranslationDataset
 from sparsegate.evaluation.translation import compare, write_lines
 from sparsegate.inspection.balance import balance_metrics
-from sparsegate.models.translation import BlockConfig, NoBlock, Translation
+from sparsegate.models.translation import BlockConfig, MixtureBlock, NoBlock, Translation
 from sparsegate.recipes.load import load, require_translation
 from sparsegate.recipes.planner import plan
 from sparsegate.recipes.registry import recipe
@@ -89,26 +89,34 @@ def at_width(config: RunConfig, width: int | None) -> RunConfig:
 
 
 def searched(config: RunConfig, args: argparse.Namespace) -> RunConfig:
-    """With the learning rate and dropout, of those that are given, of lowest validation perplexity after the
+    """With the rates and the dropout, of those that are given, of lowest validation perplexity after the
     search steps; the only ones are taken without a search."""
     rates, dropouts = args.learning_rates, args.dropouts or [config.model.dropout]
-    if len(rates) == len(dropouts) == 1:
-        rate, dropout = rates[0], dropouts[0]
+    expert_rates = args.expert_rates if has_experts(config) else [1.0]
+    if len(rates) == len(expert_rates) == len(dropouts) == 1:
+        rate, expert_rate, dropout = rates[0], expert_rates[0], dropouts[0]
     else:
         best, *_ = search(
             shortened(config, args.search_steps),
             folder=args.out / config.name / "search",
             learning_rates=rates,
+            expert_rates=expert_rates,
             dropouts=dropouts,
             console=None,
             on_trial=lambda trial: print(config.name, trial, flush=True),
         )
-        rate, dropout = best.learning_rate, best.dropout
+        rate, expert_rate, dropout = best.learning_rate, best.expert_rate, best.dropout
     return replace(
         config,
-        optim=replace(config.optim, learning_rate=rate),
+        optim=replace(config.optim, learning_rate=rate, expert_rate=expert_rate),
         model=replace(config.model, dropout=dropout),
     )
+
+
+def has_experts(config: RunConfig) -> bool:
+    model = config.model
+    assert isinstance(model, Translation), config.name
+    return any(isinstance(block, MixtureBlock) for block in (model.encoder_block, model.decoder_block))
 
 
 def measured(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
@@ -138,6 +146,7 @@ def measured(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
         }
     row = {
         "learning_rate": config.optim.learning_rate,
+        "expert_rate": config.optim.expert_rate,
         "dropout": config.model.dropout,
         "parameters": costs.parameters,
         "ops_per_timestep": costs.ops_per_timestep,
@@ -220,6 +229,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[4e-3])
+    parser.add_argument("--expert-rates", type=float, nargs="+", default=[1.0], help="over the learning rate")
     parser.add_argument("--dropouts", type=float, nargs="+", help="(default: the recipe's)")
     parser.add_argument("--search-steps", type=int, default=300)
     parser.add_argument("--sentences", type=int, help="translate the first ones alone (default: all)")

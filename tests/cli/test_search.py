@@ -26,22 +26,35 @@ def words(data: Path, out: Path, *more: str) -> list[str]:
 
 
 def test_the_table_has_the_best_first(data: Path, tmp_path: Path, capsys: Capture):
-    more = ("--learning-rates", "1e-4", "1e-1", "1e30", "--dropouts", "0", "0.1")
+    more = [
+        "--learning-rates",
+        "1e-4",
+        "1e-1",
+        "1e30",
+        "--expert-rates",
+        "0.5",
+        "1",
+        "--dropouts",
+        "0",
+        "0.1",
+    ]
     assert main(words(data, tmp_path / "out", *more)) == 0
     shown = capsys.readouterr()
-    rows = [line.split("│") for line in shown.out.splitlines() if "lr-" in line]
-    ranked = [row["folder"] for row in json.loads((tmp_path / "out" / "search.json").read_text())]
-    assert [row[-2].strip() for row in rows] == ranked
-    assert len(ranked) == 6
+    rows = [[cell.strip() for cell in line.split("│")[1:4]] for line in shown.out.splitlines() if "│" in line]
+    saved = json.loads((tmp_path / "out" / "search.json").read_text())
+    assert rows == [[f"{t[name]:g}" for name in ("learning_rate", "expert_rate", "dropout")] for t in saved]
+    assert len(rows) == 12
+    ranked = [trial["folder"] for trial in saved]
     assert ranked[0].startswith("lr-0.1-")
-    assert all(name.startswith("lr-1e+30-") for name in ranked[-2:])
-    assert shown.out.count("diverged") == 2
+    assert shown.out.endswith(f"the best run: {tmp_path / 'out' / ranked[0]}\n")
+    assert all(name.startswith("lr-1e+30-") for name in ranked[-4:])
+    assert shown.out.count("diverged") == 4
     assert "Traceback" not in shown.err
 
 
 def test_dropout_is_the_recipes_where_none_is_given(data: Path, tmp_path: Path):
     assert main(words(data, tmp_path / "out", "--learning-rates", "1e-3", "--model.dropout", "0.3")) == 0
-    assert [entry.name for entry in (tmp_path / "out").glob("lr-*")] == ["lr-0.001-dropout-0.3"]
+    assert [entry.name for entry in (tmp_path / "out").glob("lr-*")] == ["lr-0.001-experts-1-dropout-0.3"]
 
 
 @pytest.mark.parametrize(

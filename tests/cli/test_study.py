@@ -20,7 +20,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words(data: Path, out: Path, *more: str) -> list[str]:
-    small = ["--batch-words", "64", "--learning-rates", "1e-2", "--words", "100", "200", "--models"]
+    small = [
+        "--batch-words",
+        "64",
+        "--learning-rates",
+        "1e-2",
+        "--expert-rates",
+        "1",
+        "--words",
+        "100",
+        "200",
+        "--models",
+    ]
     return ["study", "--data", str(data), "--out", str(out), *small, *MODELS, *more]
 
 
@@ -79,7 +90,7 @@ def test_a_report_is_made_of_what_is_there(done: Path, capsys: Capture):
         (["--learning-rates", "1e-2", "2e-2"], "learning-rates (0.01 0.02) is 0.01 in"),
         (["--gates", "on-top"], "gates (on-top) is within in"),
         (["--dropout", "0.5"], "dropout (0.5) is 0.0 in"),
-        (["--expert-rate", "0.5"], "expert-rate (0.5) is 1.0 in"),
+        (["--expert-rates", "0.5"], "expert-rates (0.5) is 1.0 in"),
     ],
 )
 def test_another_configuration_is_refused_and_nothing_is_lost(

@@ -1,4 +1,4 @@
-"""A search tries every pair, puts the best first, and goes on where it stopped."""
+"""A search tries every choice, puts the best first, and goes on where it stopped."""
 
 import json
 from dataclasses import replace
@@ -13,7 +13,7 @@ from sparsegate.training.loop import Run, train
 from sparsegate.training.run_folder import read_run_config
 from tests.helpers.tiny_runs import TINY_DATASETS, TINY_RUNS
 
-RATES, DROPOUTS = [1e-4, 3e-2], [0.0, 0.2]
+RATES, EXPERT_RATES, DROPOUTS = [1e-4, 3e-2], [0.5], [0.0, 0.2]
 
 
 @pytest.fixture(scope="module", params=TINY_RUNS)
@@ -29,13 +29,14 @@ def run(config: RunConfig, folder: Path, told: list[Trial] | None = None) -> lis
         config,
         folder=folder,
         learning_rates=RATES,
+        expert_rates=EXPERT_RATES,
         dropouts=DROPOUTS,
         console=None,
         on_trial=(told if told is not None else []).append,
     )
 
 
-def test_every_pair_is_tried_and_the_best_stands_first(config: RunConfig, tmp_path: Path):
+def test_every_choice_is_tried_and_the_best_stands_first(config: RunConfig, tmp_path: Path):
     told: list[Trial] = []
     trials = run(config, tmp_path, told)
     assert {(t.learning_rate, t.dropout) for t in trials} == {(r, d) for r in RATES for d in DROPOUTS}
@@ -44,6 +45,7 @@ def test_every_pair_is_tried_and_the_best_stands_first(config: RunConfig, tmp_pa
     for trial in trials:
         saved = read_run_config(tmp_path / trial.folder)
         assert (saved.optim.learning_rate, saved.model.dropout) == (trial.learning_rate, trial.dropout)
+        assert saved.optim.expert_rate == trial.expert_rate == 0.5
         best = json.loads((tmp_path / trial.folder / "checkpoints/best.json").read_text())
         assert best == {"step": trial.best_step, "nll": trial.valid_nll}
     assert [row["folder"] for row in json.loads((tmp_path / "search.json").read_text())] == [
@@ -92,12 +94,13 @@ def test_a_run_that_a_signal_stops_stops_the_search(
     assert not (tmp_path / "search.json").exists()
 
 
-def test_a_pair_that_diverges_is_the_last_and_stops_nothing(config: RunConfig, tmp_path: Path):
+def test_a_choice_that_diverges_is_the_last_and_stops_nothing(config: RunConfig, tmp_path: Path):
     told: list[Trial] = []
     trials = search(
         config,
         folder=tmp_path,
         learning_rates=[1e30, 1e-2],
+        expert_rates=[1.0],
         dropouts=[0.0],
         console=None,
         on_trial=told.append,
@@ -110,6 +113,12 @@ def test_a_pair_that_diverges_is_the_last_and_stops_nothing(config: RunConfig, t
 def test_a_value_out_of_range_is_refused_before_the_first_run(config: RunConfig, tmp_path: Path):
     with pytest.raises(ValueError, match=r"optim\.learning-rate \(-1\.0\) must be above 0"):
         search(
-            config, folder=tmp_path, learning_rates=[1e-2, -1.0], dropouts=[0], console=None, on_trial=print
+            config,
+            folder=tmp_path,
+            learning_rates=[1e-2, -1.0],
+            expert_rates=[1.0],
+            dropouts=[0],
+            console=None,
+            on_trial=print,
         )
     assert list(tmp_path.iterdir()) == []

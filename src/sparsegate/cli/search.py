@@ -1,4 +1,4 @@
-"""`sparsegate search`: learning rate and dropout by trying."""
+"""`sparsegate search`: learning rates and dropout by trying."""
 
 import math
 from argparse import Namespace
@@ -15,6 +15,8 @@ from .verb import Parser, Verb
 
 EXAMPLE = """
 sparsegate search small-moe-32 --data datasets/book --out runs/rates --learning-rates 4e-3 8e-3 1.6e-2
+sparsegate search small-moe-256-h --data datasets/book --out runs/experts --learning-rates 1.6e-2 \
+  --expert-rates 0.0625 0.125 0.25 0.5 1
 sparsegate search small-moe-4 --data datasets/book --out runs/both --learning-rates 4e-3 8e-3 --dropouts 0 0.1
 """
 
@@ -23,6 +25,13 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("name", help=f"recipe: {', '.join(RECIPES)}")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder for all the runs")
     parser.add_argument("--learning-rates", type=float, nargs="+", required=True, metavar="X")
+    parser.add_argument(
+        "--expert-rates",
+        type=float,
+        nargs="+",
+        metavar="X",
+        help="of experts, over the learning rate (default: the recipe's)",
+    )
     parser.add_argument("--dropouts", type=float, nargs="+", metavar="X", help="(default: the recipe's)")
     parser.set_defaults(resume=False, short=False)
 
@@ -36,10 +45,11 @@ def run(args: Namespace) -> int:
             args.config,
             folder=args.out,
             learning_rates=args.learning_rates,
+            expert_rates=args.expert_rates or [args.config.optim.expert_rate],
             dropouts=args.dropouts or [args.config.model.dropout],
             console=console if console.is_terminal else None,
             on_trial=lambda t: console.print(
-                f"learning rate {t.learning_rate:g}, dropout {t.dropout:g}: "
+                f"learning rate {t.learning_rate:g}, experts {t.expert_rate:g} of it, dropout {t.dropout:g}: "
                 f"validation perplexity {_perplexity(t)}"
             ),
         )
@@ -47,20 +57,21 @@ def run(args: Namespace) -> int:
         console.print("stopped, and saved; the same command goes on")
         return 0
     Console().print(_table(args.name, trials))
+    print(f"the best run: {args.out / trials[0].folder}")
     return 0
 
 
 def _table(name: str, trials: list[Trial]) -> Table:
     table = Table(title=f"{name}, by validation perplexity, best first", title_justify="left")
-    for heading in ("learning rate", "dropout", "perplexity", "best step", "run"):
+    for heading in ("learning rate", "of experts", "dropout", "perplexity", "best step"):
         table.add_column(heading, justify="right")
     for t in trials:
         table.add_row(
             f"{t.learning_rate:g}",
+            f"{t.expert_rate:g}",
             f"{t.dropout:g}",
             _perplexity(t),
             str(t.best_step),
-            t.folder,
         )
     return table
 

@@ -87,7 +87,7 @@ def add_arguments(parser: Parser) -> None:
         "--search-words",
         type=int,
         metavar="N",
-        help=f"of each trial of a learning rate (laptop: {SCALES['laptop'].search_words})",
+        help=f"of each trial (laptop: {SCALES['laptop'].search_words})",
     )
     fixed.add_argument(
         "--batch-words",
@@ -96,11 +96,12 @@ def add_arguments(parser: Parser) -> None:
         help=f"tokens in a batch, about (laptop: {SCALES['laptop'].batches.batch_words})",
     )
     fixed.add_argument(
-        "--expert-rate",
+        "--expert-rates",
         type=float,
-        default=1.0,
+        nargs="+",
         metavar="X",
-        help="of the mixtures' experts: their learning rate over that of everything else (default: 1)",
+        help="of the mixtures' experts, over the learning rate: searched together with it "
+        f"(laptop: {_words(SCALES['laptop'].expert_rates)})",
     )
     fixed.add_argument("--dropout", type=float, default=0.0, metavar="X", help="of all models (default: 0)")
     parser.add_argument(
@@ -153,8 +154,8 @@ def study_of(args: Namespace) -> Study:
         gates=args.gates,
         batches=batches,
         dropout=args.dropout,
-        expert_rate=args.expert_rate,
         learning_rates=tuple(args.learning_rates or scale.learning_rates),
+        expert_rates=tuple(args.expert_rates or scale.expert_rates),
         search_words=scale.search_words if args.search_words is None else args.search_words,
         keep_weights=args.keep_weights,
     )

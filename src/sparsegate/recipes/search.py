@@ -1,4 +1,4 @@
-"""A small search: every pair of some learning rates and dropouts, each a run that can be resumed."""
+"""A small search over learning rates and dropout: every choice is a run that can be resumed."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -21,10 +21,12 @@ from ..training.strict_json import Json
 class Trial:
     """One point of a search.
 
-    valid_nll: the best over the run, nats per token on the validation split; infinity where it diverged.
+    expert_rate: of the experts, over learning_rate, which is that of everything else. valid_nll: the best
+    over the run, nats per token on the validation split; infinity where it diverged.
     """
 
     learning_rate: float
+    expert_rate: float
     dropout: float
     valid_nll: float
     best_step: int
@@ -36,23 +38,24 @@ def search(
     *,
     folder: Path,
     learning_rates: Sequence[float],
+    expert_rates: Sequence[float],
     dropouts: Sequence[float],
     console: Console | None,
     on_trial: Callable[[Trial], None],
 ) -> list[Trial]:
-    """Train every pair, and return the trials, best first; `search.json` in the folder holds them as well.
+    """Train every choice of the three. The trials, best first; `search.json` in the folder holds them too.
 
-    A pair whose training diverges is one of them, the last. on_trial: is told each trial.
+    A choice whose training diverges is one of them, the last. on_trial: is told each trial.
 
     Raises KeyboardInterrupt where a signal stopped a run: started again, the search goes on where it stopped.
     """
     configs = [
         replace(
             config,
-            optim=replace(config.optim, learning_rate=learning_rate),
+            optim=replace(config.optim, learning_rate=learning_rate, expert_rate=expert_rate),
             model=replace(config.model, dropout=dropout),
         )
-        for learning_rate, dropout in product(learning_rates, dropouts)
+        for learning_rate, expert_rate, dropout in product(learning_rates, expert_rates, dropouts)
     ]
     trials: list[Trial] = []
     for trial_config in configs:
@@ -64,9 +67,9 @@ def search(
 
 
 def _trial(config: RunConfig, folder: Path, console: Console | None) -> Trial:
-    """Train one pair, or go on with it."""
-    learning_rate, dropout = config.optim.learning_rate, config.model.dropout
-    name = f"lr-{learning_rate:g}-dropout-{dropout:g}"
+    """Train with one choice, or go on with it."""
+    optim, dropout = config.optim, config.model.dropout
+    name = f"lr-{optim.learning_rate:g}-experts-{optim.expert_rate:g}-dropout-{dropout:g}"
     valid_nll, best_step = math.inf, 0
     with suppress(NonFinite):
         result = train(config, folder=folder / name, resume=True, console=console)
@@ -76,7 +79,12 @@ def _trial(config: RunConfig, folder: Path, console: Console | None) -> Trial:
         if progress.best_step:
             valid_nll, best_step = progress.best_nll, progress.best_step
     return Trial(
-        learning_rate=learning_rate, dropout=dropout, valid_nll=valid_nll, best_step=best_step, folder=name
+        learning_rate=optim.learning_rate,
+        expert_rate=optim.expert_rate,
+        dropout=dropout,
+        valid_nll=valid_nll,
+        best_step=best_step,
+        folder=name,
     )
 
 

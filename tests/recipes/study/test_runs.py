@@ -42,6 +42,7 @@ def study(dataset: Dataset) -> Study:
         batches=SentencesConfig(batch_words=64, max_length=32),
         dropout=0.1,
         learning_rates=(1e-2,),
+        expert_rates=(0.5,),
         search_words=60,
         keep_weights=True,
     )
@@ -149,14 +150,14 @@ def test_a_signal_stops_the_study(study: Study, tmp_path: Path, monkeypatch: pyt
 
 def test_the_best_learning_rate_of_a_short_training_is_taken(study: Study, tmp_path: Path):
     told: list[str] = []
-    study = replace(study, learning_rates=(1e-6, 1e-2, 1e30), words=(100,))
+    study = replace(study, learning_rates=(1e-6, 1e-2, 1e30), expert_rates=(1e-6, 1.0), words=(100,))
     Runner(study=study, folder=tmp_path, console=None, say=told.append).run(lambda: None)
     (one,) = measured(tmp_path).values()
-    assert one.learning_rate == 1e-2
+    assert (one.learning_rate, one.expert_rate) == (1e-2, 1.0)
     where = tmp_path / "search" / MOE
     assert [entry.name for entry in where.iterdir()] == ["search.json"]
-    assert len(told) == 4
-    assert "diverged" in told[2]
+    assert len(told) == 7
+    assert "diverged" in told[5]
 
 
 def test_rates_that_all_diverge_are_refused(study: Study, tmp_path: Path):

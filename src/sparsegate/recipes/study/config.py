@@ -1,7 +1,7 @@
 """What a study is, and the folder that holds one.
 
 study.json           the configuration, and the versions and commands by which the folder came about
-search/MODEL/        search.json: the learning rates that were tried
+search/MODEL/        search.json: the rates that were tried
 runs/MODEL/seed-N/   a run, as `sparsegate train` leaves it, and measured.json: its test likelihoods
 results.json, results.md, figures
 """
@@ -22,7 +22,7 @@ from ...training.storage import make_directory, read_json, write_json_atomically
 from ...training.strict_json import Json
 from .ladder import SCALES, Gates, Scale, budget_of, for_study, language_model, member
 
-FORMAT = 1
+FORMAT = 2
 STUDY = "study.json"
 # What may be asked of a folder anew: each run is by itself, and a longer one passes through a shorter one.
 _MAY_CHANGE = ("data", "models", "other_costs", "seeds", "words", "keep_weights")
@@ -30,7 +30,11 @@ _MAY_CHANGE = ("data", "models", "other_costs", "seeds", "words", "keep_weights"
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """What is compared with what. words: budgets, ascending, one end for each sentence counted."""
+    """What is compared with what.
+
+    words: budgets, ascending, one end for each sentence counted. expert_rates: of the mixtures' experts, over
+    the learning rate, which is that of everything else.
+    """
 
     scale: Literal["laptop", "gpu"]
     data: str
@@ -43,19 +47,19 @@ class Study:
     batches: SentencesConfig
     dropout: float
     learning_rates: tuple[float, ...]
+    expert_rates: tuple[float, ...]
     search_words: int
-    expert_rate: float = 1.0  # of the mixtures' experts, over that of everything else
     keep_weights: bool = field(metadata={"doc": "whether checkpoints stay when a run has been measured"})
 
     def __post_init__(self) -> None:
         require(bool(self.models), "models", "none", "at least one")
-        for name in ("models", "other_costs", "seeds", "words", "learning_rates"):
+        for name in ("models", "other_costs", "seeds", "words", "learning_rates", "expert_rates"):
             _require_different(name.replace("_", "-"), getattr(self, name))
         require(min(self.words) > 0, "words", _shown(self.words), "above 0")
         require(list(self.words) == sorted(self.words), "words", _shown(self.words), "ascending")
         require(min(self.seeds) >= 0, "seeds", _shown(self.seeds), "at least 0")
         require(min(self.learning_rates) > 0, "learning-rates", _shown(self.learning_rates), "above 0")
-        require(self.expert_rate > 0, "expert-rate", self.expert_rate, "above 0")
+        require(min(self.expert_rates) > 0, "expert-rates", _shown(self.expert_rates), "above 0")
         require(self.search_words > 0, "search-words", self.search_words, "above 0")
         both = sorted({*self.models} & {*self.other_costs})
         require(not both, "other-costs", ", ".join(both), "other models than those of --models")
@@ -70,20 +74,14 @@ class Study:
         return budget_of(self.defaults)
 
     def run_config(self, name: str) -> RunConfig:
-        """How a model of the study is trained, but for its seed, learning rate and length.
+        """How a model of the study is trained, but for its seed, rates and length.
 
         ValueError: it does not do the multiply-adds of the comparison.
         """
         config = language_model(name)
         if name in self.models:
             config = member(name, budget=self.ops_per_timestep, gates=self.gates)
-        config = for_study(
-            config,
-            self.defaults,
-            batches=self.batches,
-            dropout=self.dropout,
-            expert_rate=self.expert_rate,
-        )
+        config = for_study(config, self.defaults, batches=self.batches, dropout=self.dropout)
         return replace(config, data=self.data)
 
     def check(self, dataset: Dataset) -> None:

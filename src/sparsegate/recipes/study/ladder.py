@@ -29,6 +29,7 @@ class Scale:
     models: tuple[str, ...]
     words: tuple[int, ...]
     learning_rates: tuple[float, ...]
+    expert_rates: tuple[float, ...]
     search_words: int
     batches: SentencesConfig
     warmup_steps: int
@@ -50,6 +51,7 @@ SCALES = {
         ),
         words=(200_000, 400_000, 800_000),
         learning_rates=(8e-3, 1.6e-2),
+        expert_rates=(0.25, 1.0),
         search_words=150_000,
         batches=SentencesConfig(batch_words=2048, max_length=64),
         warmup_steps=50,
@@ -69,6 +71,7 @@ SCALES = {
         ),
         words=(2_000_000, 6_000_000, 20_000_000),
         learning_rates=(1e-3, 2e-3, 4e-3),
+        expert_rates=(0.25, 1.0),
         search_words=1_500_000,
         batches=SentencesConfig(batch_words=16_384, max_length=64),
         warmup_steps=100,
@@ -122,9 +125,7 @@ def _narrowed(model: MixtureLM, budget: int) -> MixtureLM:
     return replace(model, hidden=min(model.hidden, max(hidden, HIDDEN_STEP)))
 
 
-def for_study(
-    config: RunConfig, scale: Scale, *, batches: SentencesConfig, dropout: float, expert_rate: float = 1.0
-) -> RunConfig:
+def for_study(config: RunConfig, scale: Scale, *, batches: SentencesConfig, dropout: float) -> RunConfig:
     """The recipe as all models of a study are trained: on sentences, with factored Adam for the experts.
 
     The factored optimizer lets 4,096 experts fit where Adam's two moments would not, so all mixtures have it.
@@ -134,7 +135,7 @@ def for_study(
         config,
         model=replace(config.model, dropout=dropout, softmax_samples=0),
         batches=batches,
-        optim=OptimConfig(experts="factored", expert_rate=expert_rate, warmup_steps=scale.warmup_steps),
+        optim=OptimConfig(experts="factored", warmup_steps=scale.warmup_steps),
         training=TrainingConfig(
             precision=scale.precision,
             device=scale.device,

@@ -31,6 +31,7 @@ class Measured:
     """
 
     learning_rate: float
+    expert_rate: float
     step: int
     tokens_seen: int
     words: int
@@ -59,7 +60,14 @@ def words_per_token(split: TokenFile) -> float:
 
 
 def measure(
-    model: LanguageModel, dataset: Dataset, *, learning_rate: float, step: int, tokens_seen: int, log: Path
+    model: LanguageModel,
+    dataset: Dataset,
+    *,
+    learning_rate: float,
+    expert_rate: float,
+    step: int,
+    tokens_seen: int,
+    log: Path,
 ) -> Measured:
     """Evaluate a model on the test split, sentence by sentence. log: of its run."""
     train, test = dataset.split("train"), dataset.split("test")
@@ -81,6 +89,7 @@ def measure(
     speeds = [line["train/tokens_per_second"] for line in read_log(log) if line["kind"] == "step"]
     return Measured(
         learning_rate=learning_rate,
+        expert_rate=expert_rate,
         step=step,
         tokens_seen=tokens_seen,
         words=round(tokens_seen * words_per_token(train)),

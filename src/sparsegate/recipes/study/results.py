@@ -45,6 +45,7 @@ class Row:
     passes: float
     steps: int
     learning_rate: float
+    expert_rate: float
     seeds: list[int]
     perplexities: list[float]
     perplexity: float
@@ -110,6 +111,7 @@ def _row(
         passes=first.passes,
         steps=first.step,
         learning_rate=first.learning_rate,
+        expert_rate=first.expert_rate,
         seeds=list(runs),
         perplexities=[run.perplexity for run in runs.values()],
         perplexity=mean,
@@ -155,6 +157,7 @@ def _cells(row: Row, best_dense: float | None) -> dict[str, str]:
         ),
         "multiply-adds (k)": f"{row.ops_per_timestep / 1e3:,.1f}",
         "learning rate": f"{row.learning_rate:g}",
+        "of experts": "" if row.kind == "dense" else f"{row.expert_rate:g} of it",
         "test perplexity": f"{row.perplexity:.2f}",
         "95% interval": f"{row.low:.2f} to {row.high:.2f}",
         "over": f"{len(row.seeds)} seeds" if len(row.seeds) > 1 else row.interval_over,

@@ -1,15 +1,16 @@
-"""The runs of a study: a learning rate for each model, then training that is measured at each budget."""
+"""The runs of a study: rates for each model, then training that is measured at each budget."""
 
 import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 from rich.console import Console
 
 from ...data import Dataset
-from ...models import LanguageModel
+from ...models import LanguageModel, MixtureLM
 from ...training.config import RunConfig
 from ...training.display import exp
 from ...training.loop import train
@@ -20,6 +21,8 @@ from .config import Study
 from .measuring import measure, read_measured, words_per_token, write_measured
 
 SEARCH_SEED = 0
+
+Rates = tuple[float, float]  # the learning rate, and that of the experts over it
 
 
 class Stopped(Exception):
@@ -54,37 +57,41 @@ class Runner:
         for seed in study.seeds:
             for name in (*study.models, *study.other_costs):
                 config = study.run_config(name)
-                rate = self._learning_rate(config, dataset)
-                optim = replace(config.optim, learning_rate=rate)
+                learning_rate, expert_rate = self._rates(config, dataset)
+                optim = replace(config.optim, learning_rate=learning_rate, expert_rate=expert_rate)
                 self._train(replace(config, seed=seed, optim=optim), dataset)
                 on_run()
 
-    def _learning_rate(self, config: RunConfig, dataset: Dataset) -> float:
-        """The one that was given, or the best of several after a short training, by the validation split."""
-        rates, where = self.study.learning_rates, self.folder / "search" / config.name
-        if len(rates) == 1:
-            return rates[0]
-        if len(_trials(where)) < len(rates):
-            steps = steps_for(self.study.search_words, self.study, dataset)
+    def _rates(self, config: RunConfig, dataset: Dataset) -> Rates:
+        """Those that were given, or the best of several after a short training, by the validation split."""
+        study, where = self.study, self.folder / "search" / config.name
+        expert_rates = study.expert_rates if isinstance(config.model, MixtureLM) else (1.0,)
+        choices = list(product(study.learning_rates, expert_rates))
+        if len(choices) == 1:
+            return choices[0]
+        if len(_trials(where)) < len(choices):
+            steps = steps_for(study.search_words, study, dataset)
             try:
                 search(
                     _until(replace(config, seed=SEARCH_SEED), steps),
                     folder=where,
-                    learning_rates=rates,
+                    learning_rates=study.learning_rates,
+                    expert_rates=expert_rates,
                     dropouts=[config.model.dropout],
                     console=self.console,
                     on_trial=lambda t: self.say(
-                        f"{config.name}: learning rate {t.learning_rate:g}, {_validation(t.valid_nll)}"
+                        f"{config.name}: learning rate {t.learning_rate:g}, experts {t.expert_rate:g} of it, "
+                        f"{_validation(t.valid_nll)}"
                     ),
                 )
             except KeyboardInterrupt:
                 raise Stopped from None
         for trial in where.glob("lr-*"):  # nobody needs its weights again
             shutil.rmtree(trial)
-        trials = {rate: nll for rate, nll in _trials(where).items() if nll is not None}
+        trials = {rates: nll for rates, nll in _trials(where).items() if nll is not None}
         if not trials:
             raise ValueError(f"learning-rates: {config.name} diverged with each of them; give lower ones")
-        return min(trials, key=lambda rate: trials[rate])
+        return min(trials, key=lambda rates: trials[rates])
 
     def _train(self, config: RunConfig, dataset: Dataset) -> None:
         """Train one model, or go on with it, and measure it on the test split at each budget.
@@ -110,6 +117,7 @@ class Runner:
                 ended.state.model,
                 dataset,
                 learning_rate=config.optim.learning_rate,
+                expert_rate=config.optim.expert_rate,
                 step=steps,
                 tokens_seen=progress.tokens,
                 log=where / "log.jsonl",
@@ -153,15 +161,15 @@ def _until(config: RunConfig, steps: int) -> RunConfig:
     return replace(config, training=training)
 
 
-def _trials(folder: Path) -> dict[float, float | None]:
-    """Learning rates that were tried, and their loss on the validation split; None: diverged."""
+def _trials(folder: Path) -> dict[Rates, float | None]:
+    """Rates that were tried, and their loss on the validation split; None: diverged."""
     path = folder / "search.json"
     if not path.is_file():
         return {}
     match read_json(path):
         case list(rows):
             try:
-                return {float(row["learning_rate"]): row["valid_nll"] for row in rows}  # type: ignore[index]
+                return {(row["learning_rate"], row["expert_rate"]): row["valid_nll"] for row in rows}  # type: ignore
             except (KeyError, TypeError, ValueError):
                 pass
     raise ValueError(f"{path}: damaged; remove it, and the search begins anew")
