@@ -14,7 +14,7 @@ from sparsegate.recipes.load import load
 from sparsegate.recipes.study import runs as module
 from sparsegate.recipes.study.config import Study
 from sparsegate.recipes.study.measuring import Measured, read_measured
-from sparsegate.recipes.study.results import collect
+from sparsegate.recipes.study.results import Row, collect
 from sparsegate.recipes.study.runs import Runner, Stopped, run_folder, steps_for
 from sparsegate.training.config import SentencesConfig
 from sparsegate.training.loop import Run, train
@@ -206,6 +206,33 @@ def test_a_row_has_the_mean_over_seeds_and_their_interval(study: Study, tmp_path
     assert math.log(row.high) - math.log(row.perplexity) == pytest.approx(half)
     assert row.equal_cost
     assert row.kind == "flat mixture"
+
+
+def test_a_mixture_stands_beside_the_best_dense_model_run_by_run(study: Study, tmp_path: Path):
+    study = replace(study, models=("small-4xlstm", MOE, "small-moe-1-wide"), words=(100,))
+    Runner(study=study, folder=tmp_path, console=None, say=lambda text: None).run(lambda: None)
+
+    def rows() -> tuple[Row, Row]:
+        by_name = {row.model: row for row in collect(tmp_path, study)}
+        best = min(("small-4xlstm", "small-moe-1-wide"), key=lambda name: by_name[name].perplexity)
+        assert [name for name, row in by_name.items() if row.against_dense is None] == [best]
+        return by_name[MOE], by_name[best]
+
+    mixture, dense = rows()
+    ratio = mixture.against_dense
+    assert ratio is not None
+    assert ratio.over == "test text"
+    assert ratio.mean == pytest.approx(mixture.perplexity / dense.perplexity)
+    # Both were measured on the same pieces, which are easy or hard for both.
+    assert math.log(ratio.high / ratio.low) < math.log(mixture.high / mixture.low)
+    Runner(study=replace(study, seeds=(1, 2)), folder=tmp_path, console=None, say=print).run(lambda: None)
+    mixture, dense = rows()
+    ratio = mixture.against_dense
+    assert ratio is not None
+    assert ratio.over == "seeds"
+    logs = [math.log(a / b) for a, b in zip(mixture.perplexities, dense.perplexities, strict=True)]
+    assert math.log(ratio.mean) == pytest.approx(sum(logs) / 2)
+    assert math.log(ratio.high) - math.log(ratio.mean) == pytest.approx(12.706 * abs(logs[0] - logs[1]) / 2)
 
 
 @pytest.mark.parametrize("content", ["[1]", "{}, 3", '{"100": {"step": 1}}', '{"many": {}}'])

@@ -1,8 +1,10 @@
 """How sure a perplexity is: over seeds, or with a single seed over pieces of the test text."""
 
+import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 
@@ -36,6 +38,14 @@ class Interval:
     low: float
     high: float
     over: str
+
+    def times(self, factor: float) -> Self:
+        """Of the quantity times a positive number."""
+        return replace(self, mean=factor * self.mean, low=factor * self.low, high=factor * self.high)
+
+    def exp(self) -> Self:
+        """Of e to the power of the quantity; the mean becomes a geometric one."""
+        return replace(self, mean=math.exp(self.mean), low=math.exp(self.low), high=math.exp(self.high))
 
 
 def over_seeds(values: Sequence[float]) -> Interval:

@@ -1,9 +1,8 @@
 """What a study has found so far: a row for each model and budget, as JSON and as a table."""
 
-import math
 import statistics
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,11 +15,12 @@ from ...training.run_folder import read_run_config
 from ...training.strict_json import Json
 from ..planner import Plan, plan
 from .config import Study
-from .intervals import over_pieces, over_seeds
+from .intervals import Interval, over_pieces, over_seeds
 from .ladder import LEAST, MOST_ON_TOP
 from .measuring import Measured, read_measured
 
 Kind = Literal["dense", "flat mixture", "hierarchical mixture"]
+_BySeed = Mapping[int, Mapping[int, Measured]]  # then by budget
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +29,11 @@ class Row:
 
     equal_cost: whether it has the multiply-adds of the comparison. perplexity: on the test split, per word
     with one end for each sentence, the geometric mean over the seeds; low, high: its 95% interval, over
-    `interval_over`. passes: over the training text. tflops: trained, by the paper's metric: backward counts
-    twice the forward pass, a multiply-add is two operations, and the softmax is counted, the gate too.
-    balance: on the test split, the first seed.
+    `interval_over`. against_dense: its perplexity over that of the best dense model of the comparison, run
+    by run of the same seed, which had the same batches, on the same test text; None for that model itself.
+    passes: over the training text. tflops: trained, by the paper's metric: backward counts twice the forward
+    pass, a multiply-add is two operations, and the softmax is counted, the gate too. balance: on the test
+    split, the first seed.
     """
 
     model: str
@@ -52,6 +54,7 @@ class Row:
     low: float
     high: float
     interval_over: str
+    against_dense: Interval | None
     tokens_per_second: float
     tflops: float
     balance: dict[str, dict[str, float]]
@@ -59,7 +62,7 @@ class Row:
 
 def collect(folder: Path, study: Study) -> list[Row]:
     """Everything that has been measured in a study's folder, whichever command asked for it."""
-    runs: dict[str, dict[int, dict[int, Measured]]] = {}
+    runs: dict[str, dict[int, dict[int, Measured]]] = {}  # by model, seed and budget
     models: dict[str, LanguageModelConfig] = {}
     for run in sorted((folder / "runs").glob("*/seed-*")):
         measured = read_measured(run)
@@ -69,12 +72,17 @@ def collect(folder: Path, study: Study) -> list[Row]:
             models[config.name] = config.model
             runs.setdefault(config.name, {})[config.seed] = measured
     rows = [row for name in runs for row in _rows(name, models[name], runs[name], study)]
+    best = _best_dense(rows)
+    rows = [
+        replace(row, against_dense=_against(runs[row.model], runs[best[row.budget]], row.budget))
+        if best.get(row.budget, row.model) != row.model
+        else row
+        for row in rows
+    ]
     return sorted(rows, key=lambda row: (row.budget, row.parameters_without_embedding_and_softmax, row.model))
 
 
-def _rows(
-    name: str, model: LanguageModelConfig, by_seed: Mapping[int, Mapping[int, Measured]], study: Study
-) -> Iterator[Row]:
+def _rows(name: str, model: LanguageModelConfig, by_seed: _BySeed, study: Study) -> Iterator[Row]:
     costs = plan(model)
     for budget in sorted({words for measured in by_seed.values() for words in measured}):
         runs = {seed: measured[budget] for seed, measured in sorted(by_seed.items()) if budget in measured}
@@ -90,13 +98,7 @@ def _row(
     study: Study,
 ) -> Row:
     first = next(iter(runs.values()))
-    if len(runs) > 1:
-        log_interval = over_seeds([run.log_perplexity for run in runs.values()])
-        scale = 1.0
-    else:
-        log_interval = over_pieces(first.nll_nats, first.tokens)
-        scale = first.tokens_per_word
-    mean, low, high = (math.exp(scale * x) for x in (log_interval.mean, log_interval.low, log_interval.high))
+    interval = _interval([run.log_perplexity for run in runs.values()], first.nll_nats, first)
     speed = statistics.median(run.tokens_per_second for run in runs.values())
     most = MOST_ON_TOP if study.gates == "on-top" else 1.0
     return Row(
@@ -114,14 +116,42 @@ def _row(
         expert_rate=first.expert_rate,
         seeds=list(runs),
         perplexities=[run.perplexity for run in runs.values()],
-        perplexity=mean,
-        low=low,
-        high=high,
-        interval_over=log_interval.over,
+        perplexity=interval.mean,
+        low=interval.low,
+        high=interval.high,
+        interval_over=interval.over,
+        against_dense=None,
         tokens_per_second=speed,
         tflops=6 * costs.ops_per_timestep_with_softmax * speed / 1e12,
         balance=first.balance,
     )
+
+
+def _best_dense(rows: Sequence[Row]) -> dict[int, str]:
+    """By budget, the name of the dense model of the comparison whose perplexity is the lowest."""
+    dense = [row for row in rows if row.kind == "dense" and row.equal_cost]
+    return {row.budget: row.model for row in sorted(dense, key=lambda row: -row.perplexity)}
+
+
+def _against(runs: _BySeed, others: _BySeed, budget: int) -> Interval | None:
+    """Perplexity over that of others, each run beside that of the same seed."""
+    pairs = [
+        (measured[budget], others[seed][budget])
+        for seed, measured in sorted(runs.items())
+        if budget in measured and budget in others.get(seed, {})
+    ]
+    if not pairs:
+        return None
+    one, other = pairs[0]
+    nll_P = [a - b for a, b in zip(one.nll_nats, other.nll_nats, strict=True)]
+    return _interval([a.log_perplexity - b.log_perplexity for a, b in pairs], nll_P, one)
+
+
+def _interval(logs: Sequence[float], nll_P: Sequence[float], first: Measured) -> Interval:
+    """Of e to the power of logs, one for each seed, or of the first seed's, over pieces of the test text."""
+    if len(logs) > 1:
+        return over_seeds(logs).exp()
+    return over_pieces(nll_P, first.tokens).times(first.tokens_per_word).exp()
 
 
 def kind_of(model: LanguageModelConfig) -> Kind:
@@ -141,15 +171,13 @@ def table(rows: list[Row]) -> str:
     parts = []
     for budget in sorted({row.budget for row in rows}):
         some = [row for row in rows if row.budget == budget]
-        dense = [row.perplexity for row in some if row.kind == "dense" and row.equal_cost]
-        best = min(dense, default=None)
         words, passes = some[0].words, some[0].passes
         head = f"## After {words / 1e6:,.3g} million words ({passes:.2f} passes over the training text)"
-        parts.append(f"{head}\n\n{markdown([_cells(row, best) for row in some])}\n")
+        parts.append(f"{head}\n\n{markdown([_cells(row) for row in some])}\n")
     return "\n".join(parts)
 
 
-def _cells(row: Row, best_dense: float | None) -> dict[str, str]:
+def _cells(row: Row) -> dict[str, str]:
     return {
         "model": row.model,
         "parameters without embedding and softmax (M)": _millions(
@@ -161,13 +189,19 @@ def _cells(row: Row, best_dense: float | None) -> dict[str, str]:
         "test perplexity": f"{row.perplexity:.2f}",
         "95% interval": f"{row.low:.2f} to {row.high:.2f}",
         "over": f"{len(row.seeds)} seeds" if len(row.seeds) > 1 else row.interval_over,
-        "against the best dense": "" if best_dense is None else f"{row.perplexity / best_dense - 1:+.1%}",
+        "against the best dense": _relative(row.against_dense),
         "tokens/s": f"{row.tokens_per_second:,.0f}",
         "TFLOPS": f"{row.tflops:.3g}",
         "experts without a token": " ".join(
             f"{metrics['dead_experts']:.0f}" for metrics in row.balance.values()
         ),
     }
+
+
+def _relative(ratio: Interval | None) -> str:
+    if ratio is None:
+        return ""
+    return f"{ratio.mean - 1:+.1%} ({ratio.low - 1:+.1%} to {ratio.high - 1:+.1%})"
 
 
 def _millions(number: int) -> str:

@@ -80,8 +80,9 @@ class Runner:
                     dropouts=[config.model.dropout],
                     console=self.console,
                     on_trial=lambda t: self.say(
-                        f"{config.name}: learning rate {t.learning_rate:g}, experts {t.expert_rate:g} of it, "
-                        f"{_validation(t.valid_nll)}"
+                        f"{config.name}: learning rate {t.learning_rate:g}"
+                        + f", experts {t.expert_rate:g} of it" * (expert_rates != (1.0,))
+                        + f": {_validation(t.valid_nll)}"
                     ),
                 )
             except KeyboardInterrupt:
