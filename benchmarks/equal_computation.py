@@ -2,9 +2,9 @@
 
     python -m benchmarks.equal_computation --data DIR --out RUNS --steps 2000 --search-steps 500
 
-For each model: a search over learning rates without dropout, then over dropouts at the best learning rate,
-each trial judged on the validation split; then one run for each seed with what was best, reported on the test
-split.
+For each model: a search over learning rates, and over those of a mixture's experts, without dropout, then
+over dropouts at the best rates, each trial judged on the validation split; then one run for each seed with
+what was best, reported on the test split.
 All models see the same batches. Everything is a run folder and is resumed when the command is given again;
 `RUNS/results.json` and the printed table hold what is finished so far.
 """
@@ -24,6 +24,7 @@ import torch
 from sparsegate.data import Dataset
 from sparsegate.evaluation.perplexity import evaluate
 from sparsegate.inspection.balance import balance_metrics
+from sparsegate.models import MixtureLM
 from sparsegate.recipes.planner import plan
 from sparsegate.recipes.registry import recipe
 from sparsegate.recipes.search import Trial, search
@@ -60,7 +61,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     best, tried = tune(shortened(config, args.search_steps), args)
     config = replace(
         shortened(config, args.steps),
-        optim=replace(config.optim, learning_rate=best.learning_rate),
+        optim=replace(config.optim, learning_rate=best.learning_rate, expert_rate=best.expert_rate),
         model=replace(config.model, dropout=best.dropout),
     )
     runs = [
@@ -72,6 +73,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "parameters_without_embedding_and_softmax": costs.parameters_without_embedding_and_softmax,
         "ops_per_timestep": costs.ops_per_timestep,
         "learning_rate": best.learning_rate,
+        "expert_rate": best.expert_rate,
         "dropout": best.dropout,
         "trials": tried,
         "runs": runs,
@@ -85,18 +87,31 @@ def shortened(config: RunConfig, steps: int) -> RunConfig:
 
 
 def tune(config: RunConfig, args: argparse.Namespace) -> tuple[Trial, list[dict[str, float]]]:
-    """The best of all learning rates without dropout, and of that one with each dropout."""
+    """The best of all rates without dropout, and of that choice with each dropout."""
     folder = args.out / config.name / "search"
-    common = {
-        "folder": folder,
-        "console": None,
-        "on_trial": lambda trial: print(config.name, trial, flush=True),
-    }
-    first = search(config, learning_rates=args.learning_rates, dropouts=[0.0], **common)
-    second = search(config, learning_rates=[first[0].learning_rate], dropouts=args.dropouts, **common)
+    expert_rates = args.expert_rates if isinstance(config.model, MixtureLM) else [1.0]
+
+    def tried(learning_rates: list[float], expert_rates: list[float], dropouts: list[float]) -> list[Trial]:
+        return search(
+            config,
+            folder=folder,
+            learning_rates=learning_rates,
+            expert_rates=expert_rates,
+            dropouts=dropouts,
+            console=None,
+            on_trial=lambda trial: print(config.name, trial, flush=True),
+        )
+
+    first = tried(args.learning_rates, expert_rates, [0.0])
+    second = tried([first[0].learning_rate], [first[0].expert_rate], args.dropouts)
     trials = sorted([*first, *second], key=lambda trial: trial.valid_nll)
     return trials[0], [
-        {"learning_rate": t.learning_rate, "dropout": t.dropout, "valid_perplexity": math.exp(t.valid_nll)}
+        {
+            "learning_rate": t.learning_rate,
+            "expert_rate": t.expert_rate,
+            "dropout": t.dropout,
+            "valid_perplexity": math.exp(t.valid_nll),
+        }
         for t in trials
     ]
 
@@ -138,6 +153,7 @@ def table(results: list[dict[str, Any]]) -> str:
         "multiply-adds per token (k)": lambda row: f"{row['ops_per_timestep'] / 1e3:.0f}",
         "parameters (M)": lambda row: f"{row['parameters_without_embedding_and_softmax'] / 1e6:.2f}",
         "learning rate": lambda row: f"{row['learning_rate']:g}",
+        "of experts": lambda row: f"{row['expert_rate']:g}",
         "dropout": lambda row: f"{row['dropout']:g}",
         "test perplexity by seed": lambda row: ", ".join(
             f"{run['test_perplexity']:.2f}" for run in row["runs"]
@@ -172,6 +188,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--search-steps", type=int, default=500)
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[4e-3, 8e-3, 1.6e-2])
+    parser.add_argument("--expert-rates", type=float, nargs="+", default=[1.0], help="over the learning rate")
     parser.add_argument("--dropouts", type=float, nargs="+", default=[0.1])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--threads", type=int, default=2)
