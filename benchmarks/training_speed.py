@@ -1,10 +1,11 @@
-"""Tokens per second of training: a mixture against the dense model of equal multiply-adds.
+"""Tokens per second of training, and TFLOPS: the paper's models against a dense one of equal multiply-adds.
 
     python -m benchmarks.training_speed
 
 Whole steps (forward, backward, clipping, Adam) of two recipes on the same random text, in turn in one
 process. Before anything is timed, the loss must be the one of an untrained model. rate: the second recipe's
-time per step over the first's.
+time per step over the first's. TFLOPS are the paper's metric: backward counts twice the forward pass, a
+multiply-add is two operations, and the softmax is counted, over the words that it is trained on.
 """
 
 import argparse
@@ -18,11 +19,15 @@ import torch
 from benchmarks import RESULTS
 from sparsegate.benchmarking.measuring import circumstances, markdown, median_ratio, seconds, store
 from sparsegate.data import Batch
+from sparsegate.models.translation import Translation
+from sparsegate.recipes.cluster import arithmetic_flops
 from sparsegate.recipes.registry import recipe
 from sparsegate.training.config import RunConfig
 from sparsegate.training.making import make_state
 from sparsegate.training.step import apply_gradient, compute_gradient
 from sparsegate.training.tasks.language import language_parts
+
+MODELS = ("moe-4", "moe-32", "moe-256", "moe-256-h", "moe-1-wide", "moe-1-deep", "lstm-2048-512")
 
 
 def main() -> None:
@@ -37,6 +42,7 @@ def main() -> None:
             {
                 "model": name,
                 "tokens/s": tokens / statistics.median(times[name]),
+                "TFLOPS": tflops(name, tokens / statistics.median(times[name]), args),
                 "baseline": args.baseline,
                 "baseline tokens/s": tokens / statistics.median(times[args.baseline]),
                 "rate": median_ratio(times[args.baseline], times[name]),
@@ -44,6 +50,13 @@ def main() -> None:
         )
     print(markdown(rows))
     print(store(RESULTS / "training_speed.json", {**circumstances(), "rows": rows}))
+
+
+def tflops(name: str, tokens_per_second: float, args: argparse.Namespace) -> float:
+    """By the paper's metric."""
+    model = recipe(name).model
+    assert not isinstance(model, Translation), name
+    return arithmetic_flops(replace(model, vocab_size=args.vocabulary)) * tokens_per_second / 1e12
 
 
 def random_text(args: argparse.Namespace) -> Batch:
@@ -83,7 +96,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", default=["moe-32", "moe-256"])
+    parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--baseline", default="4xlstm-512")
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--batch-size", type=int, default=32)

@@ -13,6 +13,7 @@ from ...models.translation import Translation
 from ...training.overrides import to_json
 from ...training.run_folder import read_run_config
 from ...training.strict_json import Json
+from ..cluster import arithmetic_flops
 from ..planner import Plan, plan
 from .config import Study
 from .intervals import Interval, over_pieces, over_seeds
@@ -122,7 +123,7 @@ def _row(
         interval_over=interval.over,
         against_dense=None,
         tokens_per_second=speed,
-        tflops=6 * costs.ops_per_timestep_with_softmax * speed / 1e12,
+        tflops=arithmetic_flops(model) * speed / 1e12,
         balance=first.balance,
     )
 
