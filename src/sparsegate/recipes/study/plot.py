@@ -32,12 +32,13 @@ def draw(rows: Sequence[Row], *, title: str, folder: Path) -> list[Path]:
         _name(right, last, _computation)
         _frame(figure, left, title, f"after {_millions(last[0].words)} words", last)
         figure2 = _save(figure, folder / "figure2")
-        figure = Figure(figsize=(7.5, 5.4), layout="constrained")
-        axes = figure.subplots()
+        figure = Figure(figsize=(11.5, 5.4), layout="constrained")
+        left, right = figure.subplots(1, 2)
         budgets = sorted({row.budget for row in rows})
         series = [[row for row in rows if row.budget == budget and row.equal_cost] for budget in budgets]
-        _against_parameters(axes, series)
-        _frame(figure, axes, title, "a line for each budget of words", rows)
+        _against_parameters(left, series)
+        _beside_dense(right, series)
+        _frame(figure, left, title, "a line for each budget of words", rows)
         return [*figure2, *_save(figure, folder / "figure3")]
 
 
@@ -48,11 +49,31 @@ def _against_parameters(axes: Axes, series: Sequence[Sequence[Row]]) -> None:
         if mixtures:
             axes.plot(*zip(*mixtures, strict=True), color=FAINT, lw=1.4, zorder=1)
         for row in rows:
-            _point(axes, _parameters(row), row)
+            _point(axes, _parameters(row), row.perplexity, row.low, row.high, row.kind)
     _scale(axes, "parameters (millions), without embedding and softmax")
     if len(series) > 1:
         for row in (rows[-1] for rows in series if rows):
-            _note(axes, f"{_millions(row.words)} words", _parameters(row), row)
+            _note(axes, f"{_millions(row.words)} words", _parameters(row), row.perplexity)
+
+
+def _beside_dense(axes: Axes, series: Sequence[Sequence[Row]]) -> None:
+    """Figure 3 as what mixtures gain: perplexity over that of the best dense model of the same budget."""
+    axes.axhline(0, color=INK, lw=1)
+    for rows in series:
+        some = [(row, row.against_dense) for row in rows if row.against_dense and row.kind != "dense"]
+        points = [(_parameters(row), _percent(ratio.mean)) for row, ratio in some]
+        if points:
+            axes.plot(*zip(*points, strict=True), color=FAINT, lw=1.4, zorder=1)
+            _note(axes, f"{_millions(rows[-1].words)} words", *points[-1])
+        for (x, y), (row, ratio) in zip(points, some, strict=True):
+            _point(axes, x, y, _percent(ratio.low), _percent(ratio.high), row.kind)
+    _scale(axes, "parameters (millions), without embedding and softmax", linear=True)
+    axes.set_ylabel("test perplexity against the best dense model", color=INK)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.3g}%" if value else "equal"))
+
+
+def _percent(ratio: float) -> float:
+    return 100 * (ratio - 1)
 
 
 def _against_computation(axes: Axes, rows: Sequence[Row]) -> None:
@@ -67,7 +88,7 @@ def _against_computation(axes: Axes, rows: Sequence[Row]) -> None:
         if line:
             axes.plot(*zip(*line, strict=True), color=FAINT, lw=1.4, zorder=1)
     for row in rows:
-        _point(axes, _computation(row), row)
+        _point(axes, _computation(row), row.perplexity, row.low, row.high, row.kind)
     _scale(axes, "computation (million multiply-adds for each word, without softmax)")
 
 
@@ -81,14 +102,14 @@ def _computation(row: Row) -> float:
     return row.ops_per_timestep / 1e6
 
 
-def _point(axes: Axes, x: float, row: Row) -> None:
-    color = COLORS[row.kind]
-    axes.vlines(x, row.low, row.high, color=color, lw=1.6, zorder=2)
-    axes.plot(x, row.perplexity, MARKERS[row.kind], color=color, ms=6, zorder=3)
+def _point(axes: Axes, x: float, y: float, low: float, high: float, kind: Kind) -> None:
+    axes.vlines(x, low, high, color=COLORS[kind], lw=1.6, zorder=2)
+    axes.plot(x, y, MARKERS[kind], color=COLORS[kind], ms=6, zorder=3)
 
 
-def _scale(axes: Axes, label: str) -> None:
-    """Logarithmic from left to right; upwards as well where perplexities are several times as large."""
+def _scale(axes: Axes, label: str, *, linear: bool = False) -> None:
+    """Logarithmic from left to right; upwards as well, unless linear, where the greatest is several times as
+    large as the least."""
     axes.margins(y=0.09)
     axes.autoscale_view()
     left, right = axes.dataLim.intervalx
@@ -96,7 +117,7 @@ def _scale(axes: Axes, label: str) -> None:
     room = max(right / left, _LEAST_RANGE) ** 0.16
     axes.set_xscale("log")
     axes.set_xlim(left / room, right * room)
-    if top > _LOGARITHMIC * bottom:
+    if not linear and top > _LOGARITHMIC * bottom:
         axes.set_yscale("log")
         axes.set_ylim(bottom / 1.1, top * 1.1)
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
@@ -137,10 +158,10 @@ def _name(axes: Axes, rows: Sequence[Row], x_of: Callable[[Row], float]) -> None
             )
 
 
-def _note(axes: Axes, text: str, x: float, row: Row) -> None:
+def _note(axes: Axes, text: str, x: float, y: float) -> None:
     axes.annotate(
         text,
-        (x, row.perplexity),
+        (x, y),
         xytext=(8, 0),
         textcoords="offset points",
         va="center",
