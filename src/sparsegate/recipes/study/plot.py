@@ -32,12 +32,15 @@ def draw(rows: Sequence[Row], *, title: str, folder: Path) -> list[Path]:
         _name(right, last, _computation)
         _frame(figure, left, title, f"after {_millions(last[0].words)} words", last)
         figure2 = _save(figure, folder / "figure2")
-        figure = Figure(figsize=(11.5, 5.4), layout="constrained")
-        left, right = figure.subplots(1, 2)
         budgets = sorted({row.budget for row in rows})
         series = [[row for row in rows if row.budget == budget and row.equal_cost] for budget in budgets]
+        gains = [[row for row in some if row.kind != "dense" and row.against_dense] for some in series]
+        panels = 2 if any(gains) else 1
+        figure = Figure(figsize=(4 + 3.75 * panels, 5.4), layout="constrained")
+        left, *right = figure.subplots(1, panels, squeeze=False)[0]
         _against_parameters(left, series)
-        _beside_dense(right, series)
+        for axes in right:
+            _beside_dense(axes, gains)
         _frame(figure, left, title, "a line for each budget of words", rows)
         return [*figure2, *_save(figure, folder / "figure3")]
 
@@ -59,14 +62,15 @@ def _against_parameters(axes: Axes, series: Sequence[Sequence[Row]]) -> None:
 def _beside_dense(axes: Axes, series: Sequence[Sequence[Row]]) -> None:
     """Figure 3 as what mixtures gain: perplexity over that of the best dense model of the same budget."""
     axes.axhline(0, color=INK, lw=1)
-    for rows in series:
-        some = [(row, row.against_dense) for row in rows if row.against_dense and row.kind != "dense"]
-        points = [(_parameters(row), _percent(ratio.mean)) for row, ratio in some]
-        if points:
-            axes.plot(*zip(*points, strict=True), color=FAINT, lw=1.4, zorder=1)
-            _note(axes, f"{_millions(rows[-1].words)} words", *points[-1])
-        for (x, y), (row, ratio) in zip(points, some, strict=True):
-            _point(axes, x, y, _percent(ratio.low), _percent(ratio.high), row.kind)
+    for rows in filter(None, series):
+        points = []
+        for row in rows:
+            assert row.against_dense is not None
+            ratio = row.against_dense
+            points.append((_parameters(row), _percent(ratio.mean)))
+            _point(axes, *points[-1], _percent(ratio.low), _percent(ratio.high), row.kind)
+        axes.plot(*zip(*points, strict=True), color=FAINT, lw=1.4, zorder=1)
+        _note(axes, f"{_millions(rows[-1].words)} words", *points[-1])
     _scale(axes, "parameters (millions), without embedding and softmax", linear=True)
     axes.set_ylabel("test perplexity against the best dense model", color=INK)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.3g}%" if value else "equal"))
