@@ -162,7 +162,7 @@ def measured(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
 def words_read(num_tokens: int, data: Path) -> int:
     """How many target words so many target subwords are, the ends of sentences among these."""
     texts = [pair.target for pair in TranslationDataset.open(data).parts["train"].values()]
-    each = sum(text.num_words for text in texts) / sum(t.num_tokens + t.num_sentences for t in texts)
+    each = sum(text.num_words for text in texts) / sum(text.num_tokens for text in texts)
     return round(num_tokens * each)
 
 

@@ -123,13 +123,27 @@ def test_translations_stand_in_the_folder_of_the_run(capsys: pytest.CaptureFixtu
     out = capsys.readouterr().out
     assert "en-fr" in out
     assert "fr-en" in out
-    folder = Path("runs/many/translations/valid-step-10")
+    folder = Path("runs/many/translations/valid-step-10-first-3-greedy")
+    before = {file: file.read_bytes() for file in folder.iterdir()}
     assert sorted(file.name for file in folder.iterdir()) == [
         *(f"{pair}.{what}.txt" for pair in ("en-fr", "fr-en") for what in ("hypotheses", "references")),
         "scores.json",
     ]
     assert main(["evaluate", "runs/many", "--pair", "fr-en", "--greedy", "--sentences", "3", "--json"]) == 0
     assert list(json.loads(capsys.readouterr().out)["pairs"]) == ["fr-en"]
+    others = ["--split", "valid", "--greedy", "--sentences", "2", "--pair", "fr-en", "--json"]
+    assert main(["evaluate", "runs/many", *others]) == 0
+    assert {file: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_where_nothing_can_be_written_shows_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(TranslationRun, "evaluate", None)
+    assert main(["evaluate", "runs/en-fr", "--greedy", "--out", str(tmp_path / "file")]) == 2
+    assert "file: File exists" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_run_is_compared_with_another_and_with_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

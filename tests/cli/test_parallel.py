@@ -73,7 +73,7 @@ def test_the_options_reach_the_dataset(capsys: pytest.CaptureFixture[str]):
         ("--pair en-fr:valid.tsv --hold-out files", "--hold-out: is for text of one language"),
         ("book.txt --pair en-fr:valid.tsv", "TEXT: is for text of one language"),
         ("--pair en-fr:valid.tsv --valid book.txt", "--valid: is for text of one language"),
-        ("--pair en-fr:valid.tsv --test-pair en-fr:valid.tsv", "valid.tsv: given twice for en-fr, for train"),
+        ("--pair en-fr:valid.tsv --test-pair en-fr:valid.tsv", "valid.tsv: given twice, for train (en-fr)"),
         ("book.txt --both-directions", "--both-directions: is for parallel text; give a --pair"),
         ("book.txt --max-subwords 9", "--max-subwords: is for parallel text"),
         ("--valid-pair en-fr:valid.tsv", "train: no text to make subwords from"),

@@ -42,6 +42,44 @@ def test_files_are_translated_one_after_the_other(tmp_path: Path, said):
     assert said() == once * 2
 
 
+def test_options_and_files_come_in_any_order(tmp_path: Path, standard_input: Put, said):
+    (tmp_path / "a").write_bytes(TEXT)
+    once = list(load("runs/en-fr").translate(LINES, decoding=TranslationSampling()))
+    assert main(["translate", "--greedy", "runs/en-fr", "--to", "fr", str(tmp_path / "a")]) == 0
+    assert said() == once
+    standard_input(TEXT)
+    assert main(["translate", "runs/en-fr", str(tmp_path / "a"), "--greedy", "-"]) == 0
+    assert said() == once * 2
+
+
+def test_a_missing_file_shows_before_anything_is_translated(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    (tmp_path / "a").write_bytes(TEXT)
+    assert main(["translate", "runs/en-fr", str(tmp_path / "a"), str(tmp_path / "b"), "--greedy"]) == 2
+    told = capfd.readouterr()
+    assert told.out == ""
+    assert "b: No such file or directory" in told.err
+
+
+def test_what_is_done_is_there_when_a_long_line_breaks_off(
+    standard_input: Put, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """The lines before it are not lost with those that were read together with them."""
+    standard_input(b"The end\n\n" + b"The cats sat. " * 400 + b"\nThe end\n")
+    plain = TranslationSampling.translations
+
+    def broken(of: TranslationSampling, model: object, sources: list[object], **others: object):
+        if len(sources) < 8 and sources:
+            raise KeyboardInterrupt
+        return plain(of, model, sources, **others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(TranslationSampling, "translations", broken)
+    words = ["--greedy", "--max-subwords", "40", "--batch-size", "4"]
+    assert main(["translate", "runs/en-fr", *words]) == 130
+    assert capfd.readouterr().out.count("\n") == 2
+
+
 @pytest.mark.parametrize("batch_size", ["1", "2", "64"])
 def test_what_is_translated_at_the_same_time_changes_nothing(standard_input: Put, said, batch_size: str):
     standard_input(TEXT * 3)
@@ -120,11 +158,11 @@ def test_long_inputs_tell_how_far_they_are(
     monkeypatch.setattr(translate, "_TELL_SECONDS", 0.0)
     standard_input(TEXT)
     assert main(["translate", "runs/en-fr", "--greedy"]) == 0
-    assert capfd.readouterr().err.startswith("3 lines translated, ")
+    assert capfd.readouterr().err.startswith("lines translated: 3, ")
     standard_input(b"The end\n" + b"The cats sat. " * 90)
     assert main(["translate", "runs/en-fr", "--greedy", "--max-subwords", "40", "--batch-size", "2"]) == 0
     told = [line for line in capfd.readouterr().err.splitlines() if "parts" in line]
-    assert told[0].startswith("1 lines translated, and 8 of ")
+    assert told[0].startswith("lines translated: 1, and 8 of ")
     assert told[0].endswith(" parts of the next")
 
 
@@ -138,7 +176,7 @@ def test_long_inputs_tell_how_far_they_are(
         ("runs/en-fr --to en", "was not trained for that pair, but for en-fr"),
         ("runs/en-fr absent.txt", "absent.txt: No such file"),
         ("runs/en-fr --n-best 0", "--n-best (0) must be at least 1"),
-        ("runs/en-fr --beam 0", "beam_size (0) must be at least 1"),
+        ("runs/en-fr --beam 0", "--beam (0) must be at least 1"),
         ("runs/en-fr --batch-size 0", "lines_at_once (0) must be at least 1"),
         ("runs/en-fr --max-subwords 0", "max_subwords (0) must be at least 1"),
         ("runs/en-fr --greedy --beam 3", "--beam: is for beam search; leave it or --greedy out"),
@@ -146,7 +184,7 @@ def test_long_inputs_tell_how_far_they_are(
         ("runs/en-fr --greedy --temperature 1", "--greedy: is not drawn"),
         ("runs/en-fr --top-k 3", "--top-k: is for drawn translations"),
         ("runs/en-fr --temperature -1", "temperature (-1.0) must be from 0"),
-        ("runs/en-fr --checkpoint 15", "no such checkpoint"),
+        ("runs/en-fr --checkpoint 15", "has no checkpoint of step 15; there are: "),
     ],
 )
 def test_bad_input_is_refused_in_one_line(words: str, message: str, standard_input: Put, capsys: Capture):

@@ -202,7 +202,7 @@ def test_a_mutated_config_is_refused_in_one_line_or_means_something(run: Path, c
 def test_a_checkpoint_that_cannot_be_meant_is_refused(run: Path):
     with pytest.raises(ValueError, match=r"checkpoint \(bets\) must be best, last or"):
         load(run, checkpoint="bets")
-    with pytest.raises(ValueError, match="no such checkpoint"):
+    with pytest.raises(ValueError, match="has no checkpoint of step 15; there are: 20, 10"):
         load(run, checkpoint=15)
 
 

@@ -10,6 +10,7 @@ Number = TypeVar("Number", int, float)
 
 _SEARCH = BeamSearch()
 _SEARCH_ALONE = ("beam", "alpha", "beta")
+_FLAGS = {"beam_size": "--beam", "length_penalty": "--alpha", "coverage_penalty": "--beta"}
 _SAMPLING_ALONE = ("top_k", "top_p", "seed")
 
 
@@ -60,12 +61,16 @@ def decoding_of(args: Namespace, *, num_best: int = 1) -> BeamSearch | Translati
     if ways and num_best > 1:
         raise ValueError(f"--n-best: is for beam search; leave it or {ways[0]} out")
     if not ways:
-        return BeamSearch(
-            beam_size=_or(args.beam, max(_SEARCH.beam_size, num_best)),
-            length_penalty=_or(args.alpha, _SEARCH.length_penalty),
-            coverage_penalty=_or(args.beta, _SEARCH.coverage_penalty),
-            num_best=num_best,
-        )
+        try:
+            return BeamSearch(
+                beam_size=_or(args.beam, max(_SEARCH.beam_size, num_best)),
+                length_penalty=_or(args.alpha, _SEARCH.length_penalty),
+                coverage_penalty=_or(args.beta, _SEARCH.coverage_penalty),
+                num_best=num_best,
+            )
+        except ValueError as error:
+            name, _, what = str(error).partition(" ")
+            raise ValueError(f"{_FLAGS.get(name, name)} {what}") from None
     return TranslationSampling(
         temperature=_or(args.temperature, 0.0), top_k=args.top_k, top_p=args.top_p, seed=_or(args.seed, 0)
     )

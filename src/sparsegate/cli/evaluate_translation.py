@@ -58,7 +58,8 @@ def add_arguments(parser: Parser) -> None:
         "--out",
         type=Path,
         metavar="DIR",
-        help="for translations, references and scores (default: RUN/translations/SPLIT-step-STEP)",
+        help="for translations, references and scores (default: in RUN/translations, under the name of the "
+        "split, the step and what else was asked for)",
     )
 
 
@@ -76,10 +77,11 @@ def run(args: Namespace, trained: TranslationRun) -> None:
         raise ValueError(f"--sentences ({args.sentences}) must be at least 1")
     require_scores()
     baseline = _baseline(args, trained)
+    folder = args.out or args.run / "translations" / _name(args, trained.step)
+    folder.mkdir(parents=True, exist_ok=True)  # where nothing can be written, it shows before the work
     result = _evaluate(args, trained)
     if not math.isfinite(result.likelihood.nll_nats):
         raise ValueError(f"{args.run}: its likelihood is not finite; use an earlier checkpoint")
-    folder = args.out or args.run / "translations" / f"{args.split}-step-{trained.step}"
     _write_lines(folder, result)  # whatever becomes of the comparison
     compared = {} if baseline is None else _compare(args, baseline, result)
     report = _as_json(args, trained, result, compared)
@@ -88,6 +90,23 @@ def run(args: Namespace, trained: TranslationRun) -> None:
         print(json.dumps(report))
     else:
         _print(args, trained, result, compared, folder)
+
+
+def _name(args: Namespace, step: int) -> str:
+    """Another one for other translations, so that none are mixed with those of an earlier command."""
+    asked = {
+        "of": None if args.data is None else args.data.name,
+        "first": args.sentences,
+        **{
+            name: getattr(args, name)
+            for name in ("beam", "alpha", "beta", "temperature", "top_k", "top_p", "seed")
+        },
+    }
+    words = [args.split, "step", step, *sorted(args.pair)]
+    words += [
+        word for name, value in asked.items() if value is not None for word in (name.replace("_", "-"), value)
+    ]
+    return "-".join(map(str, [*words, *["greedy"] * args.greedy]))
 
 
 def _evaluate(args: Namespace, trained: TranslationRun) -> TranslationEvaluation:
@@ -200,7 +219,6 @@ def _pair_as_json(pair: PairEvaluation, compared: list[Comparison]) -> dict[str,
 
 def _write_lines(folder: Path, result: TranslationEvaluation) -> None:
     """Files that sacrebleu's own command reads."""
-    folder.mkdir(parents=True, exist_ok=True)
     for name, pair in result.pairs.items():
         write_lines(folder / f"{name}.hypotheses.txt", pair.hypotheses)
         write_references(folder / f"{name}.references.txt", pair.references)

@@ -84,7 +84,16 @@ def exit_code(error: Exception) -> int | None:
             return code
     if isinstance(error, OSError) and error.errno in _DISK:
         return CANNOT_SAVE
-    return INPUT if isinstance(error, ValueError | OSError) else None
+    return INPUT if isinstance(error, ValueError | OSError) or out_of_memory(error) else None
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Python's error, torch's of a GPU, or what torch raises on the CPU, which has no class of its own."""
+    return (
+        isinstance(error, MemoryError)
+        or _name(type(error)) == "torch.OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "not enough memory" in str(error))
+    )
 
 
 def _name(cls: type) -> str:
@@ -96,6 +105,8 @@ def one_line(error: Exception) -> str:
     if isinstance(error, OSError) and isinstance(error.filename, str | Path):
         near = _near(Path(error.filename)) if isinstance(error, FileNotFoundError) else ""
         return f"{error.filename}: {error.strerror}{near}"
+    if out_of_memory(error):
+        return f"out of memory: {' '.join(str(error).split())}; ask for less at a time"
     return " ".join(str(error).split())
 
 

@@ -20,6 +20,7 @@ sparsegate translate runs/many --to fr --n-best 3 --json < sentences.txt > trans
 """
 
 _TELL_SECONDS = 10.0
+_STANDARD_INPUT = Path("-")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -30,7 +31,7 @@ empty. Control characters count as spaces. A line of more subwords than --max-su
 cut where sentences end if possible."""
     add_run(parser)
     parser.add_argument(
-        "files", nargs="*", type=Path, metavar="FILE", help="to translate (default: standard input)"
+        "files", nargs="*", type=Path, metavar="FILE", help="to translate; - is standard input (the default)"
     )
     parser.add_argument("--to", metavar="LANG", help="language to translate into, if there are several")
     parser.add_argument("--from", dest="source", metavar="LANG", help="language of the lines")
@@ -67,21 +68,25 @@ def run(args: Namespace) -> int:
         max_subwords=args.max_subwords,
         lines_at_once=args.batch_size,
     )
+    for path in args.files:
+        if path != _STANDARD_INPUT:
+            path.stat()  # one that is missing shows before others are translated
     progress = _Progress()
     for lines in _windows(args, translator.lines_at_once):
         first = progress.num_lines
         found = translator.translate_together(lines, first_number=first, tell=progress.tell_parts)
         for number, (line, translations) in enumerate(zip(lines, found, strict=True), start=first):
             _print(args, number, line, translations)
-        sys.stdout.flush()
+            sys.stdout.flush()
         progress.add(len(lines))
     return 0
 
 
 def _windows(args: Namespace, size: int) -> Iterator[list[str]]:
     """The lines, up to `size` at a time of those that can be had without waiting."""
-    for path in args.files or [None]:
-        for lines in lines_as_they_come(path, replace_bad_bytes=args.replace_bad_bytes):
+    for path in args.files or [_STANDARD_INPUT]:
+        file = None if path == _STANDARD_INPUT else path
+        for lines in lines_as_they_come(file, replace_bad_bytes=args.replace_bad_bytes):
             for start in range(0, len(lines), size):
                 yield lines[start : start + size]
 
@@ -107,11 +112,11 @@ class _Progress:
     def add(self, num_lines: int) -> None:
         self.num_lines += num_lines
         rate = self.num_lines / max(time.monotonic() - self._began, 1e-9)
-        self._tell(f"{self.num_lines:,} lines translated, {rate:,.1f} a second")
+        self._tell(f"lines translated: {self.num_lines:,}, {rate:,.1f} a second")
 
     def tell_parts(self, done: int, of: int) -> None:
         if done < of:
-            self._tell(f"{self.num_lines:,} lines translated, and {done:,} of {of:,} parts of the next")
+            self._tell(f"lines translated: {self.num_lines:,}, and {done:,} of {of:,} parts of the next")
 
     def _tell(self, what: str) -> None:
         now = time.monotonic()

@@ -51,8 +51,8 @@ def parse(verb: Verb, argv: Sequence[str], *, name: str, summary: str) -> Namesp
     own, changes = _split(argv, flags)
     if verb.config is None:
         _check_known(changes, flags)
-        return parser.parse_args(own)
-    args = parser.parse_args(own)
+        return _arguments(parser, own)
+    args = _arguments(parser, own)
     args.config = verb.config(args)
     if args.config is None:
         _check_known(changes, flags)
@@ -62,6 +62,13 @@ def parse(verb: Verb, argv: Sequence[str], *, name: str, summary: str) -> Namesp
     _check_known(changes, [*flags, *map(_flag, paths_after(args.config, given))])
     args.config = replace_by_path(args.config, by_path)
     return args
+
+
+def _arguments(parser: Parser, words: Sequence[str]) -> Namespace:
+    """Positional arguments and options in any order; help is of the arguments that stand before it."""
+    if any(word in ("-h", "--help") for word in words):
+        return parser.parse_args(words)
+    return parser.parse_intermixed_args(words)
 
 
 def _parser(verb: Verb, *, name: str, summary: str) -> Parser:

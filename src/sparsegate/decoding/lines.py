@@ -78,8 +78,8 @@ class LineTranslator:
         *,
         first_number: int = 0,
         tell: Callable[[int, int], None] = lambda done, of: None,
-    ) -> list[list[Translation]]:
-        """The same of lines that are all there.
+    ) -> Iterator[list[Translation]]:
+        """The same of lines that are all there, each as soon as its last part is done.
 
         first_number: of the first among all lines. tell: is told from time to time how many parts of the
         lines have been translated, of how many.
@@ -96,19 +96,21 @@ class LineTranslator:
             for text, _ in several
         ]
         found: list[list[Hypothesis]] = []
-        while len(found) < len(sources):
-            # More than there are lines, so that a few long ones do not leave a small batch over.
-            together = slice(len(found), len(found) + 4 * self.lines_at_once)
-            found += self.decoding.translations(
-                self.model,
-                sources[together],
-                tokens=target_tokens(self.vocabulary),
-                numbers=numbers[together],
-                max_positions=64 * self.lines_at_once,
-            )
-            tell(len(found), len(sources))
-        remaining = iter(found)
-        return [self._joined([(next(remaining), gap) for _, gap in several]) for several in parts]
+        first = 0
+        for several in parts:
+            while len(found) < first + len(several):
+                # More than there are lines, so that a few long ones do not leave a small batch over.
+                together = slice(len(found), len(found) + 4 * self.lines_at_once)
+                found += self.decoding.translations(
+                    self.model,
+                    sources[together],
+                    tokens=target_tokens(self.vocabulary),
+                    numbers=numbers[together],
+                    max_positions=64 * self.lines_at_once,
+                )
+                tell(len(found), len(sources))
+            yield self._joined([(found[first + part], gap) for part, (_, gap) in enumerate(several)])
+            first += len(several)
 
     def _parts(self, line: str) -> Iterator[tuple[str, str]]:
         """The parts of a line, each with what stands between it and the next. An empty line has none."""

@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ..data.files import write_atomically
 from ..data.parallel.cleaning import one_line
 
 # Without spaces between words, an n-gram of "words" would be one of sentences.
@@ -184,8 +185,7 @@ def _reference(text: str) -> str:
 
 
 def _write(path: Path, lines: Iterable[str]) -> None:
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(f"{line}\n" for line in lines)
+    write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
 
 
 def _interval(metric: Any, hypotheses: Sequence[str], references: Sequence[str], resamples: int) -> float:

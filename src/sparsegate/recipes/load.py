@@ -12,7 +12,14 @@ from ..models.translation import TranslationModel
 from ..training.checkpoint import checkpoint_name, latest_checkpoint, load_checkpoint
 from ..training.config import RunConfig
 from ..training.making import resolve_device
-from ..training.run_folder import VOCABULARY, checkpoints_of, read_best, read_run_config, read_vocabulary
+from ..training.run_folder import (
+    VOCABULARY,
+    checkpoints_of,
+    read_best,
+    read_run_config,
+    read_vocabulary,
+    saved_steps,
+)
 from ..training.state import require_weights
 from .language_run import LanguageRun
 from .translation_run import TranslationRun
@@ -83,6 +90,9 @@ def checkpoint_path(folder: Path, which: str | int, warn: Callable[[str], None])
     checkpoints = checkpoints_of(folder)
     best = read_best(folder) if which == "best" else None
     step = which if isinstance(which, int) else best
+    if isinstance(which, int) and which not in (steps := saved_steps(folder)):
+        there = ", ".join(f"{step:,}" for step in steps) or "none"
+        raise ValueError(f"{folder}: has no checkpoint of step {which:,}; there are: {there}")
     if step is not None:
         return checkpoints / checkpoint_name(step)
     if which not in ("best", "last"):

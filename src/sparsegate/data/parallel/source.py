@@ -95,21 +95,24 @@ def parse_parallel_text(word: str) -> ParallelText:
 
 
 def check_files(parts: Mapping[str, Sequence[ParallelText]]) -> None:
-    """ValueError or FileNotFoundError unless every file is one, and none is read for two parts, in whichever
-    order of its languages, or twice for one pair of a part."""
-    read_for: dict[object, list[tuple[str, str]]] = {}
+    """ValueError or FileNotFoundError unless every file is one, and none is read for two parts, of whichever
+    languages, or twice for one pair of a part."""
+    read_for: dict[Path, tuple[str, str]] = {}
+    places: set[object] = set()
     for part, texts in parts.items():
         for text in texts:
             for file in text.files:
                 if file.is_dir():
                     raise ValueError(f"{file}: a directory; parallel text is in files")
+                other, pair = read_for.setdefault(file.resolve(), (part, text.pair))
+                if other != part:
+                    twice = f"given twice, for {other} ({pair}) and for {part} ({text.pair})"
+                    raise ValueError(f"{file}: {twice}; give it for one part")
             text_files(text.files)
-            earlier = read_for.setdefault(_place(text), [])
-            for other, pair in earlier:
-                if other != part or pair == text.pair:
-                    twice = f"given twice for {text.pair}, for {other} and for {part}"
-                    raise ValueError(f"{text.files[0]}: {twice}; give it once")
-            earlier.append((part, text.pair))
+            place = (text.pair, _place(text))
+            if place in places:
+                raise ValueError(f"{text.files[0]}: given twice for {text.pair} of {part}; give it once")
+            places.add(place)
 
 
 def _place(text: ParallelText) -> object:
