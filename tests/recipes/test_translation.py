@@ -100,18 +100,22 @@ def test_they_are_trained_as_the_paper_says(name: str):
     assert config.losses.importance == config.losses.load == 0.01
 
 
+@pytest.mark.parametrize(("size", "width"), [("small", 128), ("medium", 512)])
 @pytest.mark.parametrize(
     ("mixture", "dense", "num_experts"),
     [
-        ("small-translation-moe-32", "small-translation-dense", 32),
-        ("small-translation-moe-32-noisy", "small-translation-dense", 32),
-        ("small-multilingual-moe-64", "small-multilingual-dense", 64),
+        ("translation-moe-32", "translation-dense", 32),
+        ("translation-moe-32-noisy", "translation-dense", 32),
+        ("multilingual-moe-64", "multilingual-dense", 64),
     ],
 )
-def test_a_small_mixture_and_the_dense_model_cost_the_same(mixture: str, dense: str, num_experts: int):
+def test_a_smaller_mixture_and_the_dense_model_cost_the_same(
+    size: str, width: int, mixture: str, dense: str, num_experts: int
+):
+    mixture, dense = f"{size}-{mixture}", f"{size}-{dense}"
     counted, baseline = plan(recipe(mixture).model), plan(recipe(dense).model)
     assert counted.ops_per_timestep == baseline.ops_per_timestep
     gates = counted.ops_per_timestep_with_gates_and_attention
-    assert gates - baseline.ops_per_timestep_with_gates_and_attention == 2 * 128 * num_experts * (
+    assert gates - baseline.ops_per_timestep_with_gates_and_attention == 2 * width * num_experts * (
         2 if recipe(mixture).model.encoder_block.gate.kind == "noisy_topk" else 1
     )

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from ..training.config import RunConfig
 from ..training.overrides import did_you_mean
-from . import news, paper, quickstart_translation, small, small_translation, translation
+from . import medium_translation, news, paper, quickstart_translation, small, small_translation, translation
 
 _FUNCTIONS: tuple[Callable[[], RunConfig], ...] = (
     paper.moe_4,
@@ -55,6 +55,13 @@ _FUNCTIONS: tuple[Callable[[], RunConfig], ...] = (
     small_translation.small_translation_moe_256_h,
     small_translation.small_multilingual_dense,
     small_translation.small_multilingual_moe_64,
+    medium_translation.medium_translation_lstm,
+    medium_translation.medium_translation_dense,
+    medium_translation.medium_translation_moe_32,
+    medium_translation.medium_translation_moe_32_noisy,
+    medium_translation.medium_translation_moe_256_h,
+    medium_translation.medium_multilingual_dense,
+    medium_translation.medium_multilingual_moe_64,
     quickstart_translation.quickstart_translation,
 )
 RECIPES: dict[str, Callable[[], RunConfig]] = {function().name: function for function in _FUNCTIONS}
