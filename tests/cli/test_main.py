@@ -58,6 +58,7 @@ def failing(error: BaseException) -> Verb:
             "d: cannot save: bad disk",
         ),
         (NonFinite("10 steps in a row"), 4, "10 steps in a row"),
+        (OSError(errno.ENOSPC, "No space left on device"), 3, "cannot write: No space left on device"),
         (MemoryError("Unable to allocate 9 EiB"), 2, "out of memory: Unable to allocate 9 EiB; ask for less"),
         (RuntimeError("[enforce] not enough memory: you tried"), 2, "out of memory: [enforce] not enough"),
         (KeyboardInterrupt(), 130, "interrupted"),

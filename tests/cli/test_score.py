@@ -60,6 +60,7 @@ def test_lines_may_be_cut_anywhere_by_what_is_read_at_once(
         (b"a\0b", "line 3: a NUL byte"),
         (b"\xed\xa0\x80", "line 3: byte 0xed is not UTF-8"),
         (b"x" * 5000, "line 3: longer than 4,096 bytes"),
+        (b"x" * 5000 + b"\n", "line 3: longer than 4,096 bytes"),
     ],
 )
 def test_a_bad_line_is_named_after_those_before_it_were_scored(

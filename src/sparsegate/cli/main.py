@@ -105,6 +105,8 @@ def one_line(error: Exception) -> str:
     if isinstance(error, OSError) and isinstance(error.filename, str | Path):
         near = _near(Path(error.filename)) if isinstance(error, FileNotFoundError) else ""
         return f"{error.filename}: {error.strerror}{near}"
+    if isinstance(error, OSError) and error.errno in _DISK:
+        return f"cannot write: {error.strerror}"
     if out_of_memory(error):
         return f"out of memory: {' '.join(str(error).split())}; ask for less at a time"
     return " ".join(str(error).split())

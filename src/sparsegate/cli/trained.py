@@ -97,8 +97,7 @@ def _lines(descriptor: int, name: str, replace_bad_bytes: bool) -> Iterator[list
         *complete, pending = (pending + block).split(b"\n")
         yield from _decoded(complete, name, number, replace_bad_bytes)
         number += len(complete)
-        if len(pending) > _MAX_LINE_BYTES:
-            raise ValueError(f"{name}, line {number}: longer than {_MAX_LINE_BYTES:,} bytes; break it")
+        _require_short(pending, f"{name}, line {number}")
     if pending:
         yield from _decoded([pending], name, number, replace_bad_bytes)
 
@@ -119,8 +118,14 @@ def _decoded(lines: list[bytes], name: str, number: int, replace_bad_bytes: bool
         raise problem
 
 
+def _require_short(line: bytes, where: str) -> None:
+    if len(line) > _MAX_LINE_BYTES:
+        raise ValueError(f"{where}: longer than {_MAX_LINE_BYTES:,} bytes; break it")
+
+
 def _decode(line: bytes, name: str, number: int, replace_bad_bytes: bool) -> str:
     where = f"{name}, line {number}"
+    _require_short(line, where)
     if replace_bad_bytes:
         line = line.replace(b"\0", "\N{REPLACEMENT CHARACTER}".encode())
     if b"\0" in line:
