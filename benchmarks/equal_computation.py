@@ -89,7 +89,9 @@ def shortened(config: RunConfig, steps: int) -> RunConfig:
 def tune(config: RunConfig, args: argparse.Namespace) -> tuple[Trial, list[dict[str, float]]]:
     """The best of all rates without dropout, and of that choice with each dropout."""
     folder = args.out / config.name / "search"
-    expert_rates = args.expert_rates if isinstance(config.model, MixtureLM) else [1.0]
+    expert_rates = [config.optim.expert_rate]
+    if args.expert_rates and isinstance(config.model, MixtureLM):
+        expert_rates = args.expert_rates
 
     def tried(learning_rates: list[float], expert_rates: list[float], dropouts: list[float]) -> list[Trial]:
         return search(
@@ -188,7 +190,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--search-steps", type=int, default=500)
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[4e-3, 8e-3, 1.6e-2])
-    parser.add_argument("--expert-rates", type=float, nargs="+", default=[1.0], help="over the learning rate")
+    parser.add_argument(
+        "--expert-rates", type=float, nargs="+", help="over the learning rate (default: the recipe's)"
+    )
     parser.add_argument("--dropouts", type=float, nargs="+", default=[0.1])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--threads", type=int, default=2)

@@ -124,7 +124,7 @@ def best_trial(config: RunConfig, args: argparse.Namespace, name: str) -> Trial:
         shortened(config, args.search_steps),
         folder=args.out / name / "search",
         learning_rates=args.learning_rates,
-        expert_rates=args.expert_rates,
+        expert_rates=args.expert_rates or [config.optim.expert_rate],
         dropouts=[0.0],
         console=None,
         on_trial=lambda trial: print(name, trial, flush=True),
@@ -282,7 +282,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--search-steps", type=int, default=500)
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[4e-3, 8e-3, 1.6e-2])
-    parser.add_argument("--expert-rates", type=float, nargs="+", default=[1.0], help="over the learning rate")
+    parser.add_argument(
+        "--expert-rates", type=float, nargs="+", help="over the learning rate (default: the recipe's)"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--timed-steps", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)

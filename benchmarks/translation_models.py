@@ -92,7 +92,9 @@ def searched(config: RunConfig, args: argparse.Namespace) -> RunConfig:
     """With the rates and the dropout, of those that are given, of lowest validation perplexity after the
     search steps; the only ones are taken without a search."""
     rates, dropouts = args.learning_rates, args.dropouts or [config.model.dropout]
-    expert_rates = args.expert_rates if has_experts(config) else [1.0]
+    expert_rates = [config.optim.expert_rate]
+    if args.expert_rates and has_experts(config):
+        expert_rates = args.expert_rates
     if len(rates) == len(expert_rates) == len(dropouts) == 1:
         rate, expert_rate, dropout = rates[0], expert_rates[0], dropouts[0]
     else:
@@ -229,7 +231,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[4e-3])
-    parser.add_argument("--expert-rates", type=float, nargs="+", default=[1.0], help="over the learning rate")
+    parser.add_argument(
+        "--expert-rates", type=float, nargs="+", help="over the learning rate (default: the recipe's)"
+    )
     parser.add_argument("--dropouts", type=float, nargs="+", help="(default: the recipe's)")
     parser.add_argument("--search-steps", type=int, default=300)
     parser.add_argument("--sentences", type=int, help="translate the first ones alone (default: all)")

@@ -2,9 +2,11 @@
 
 Widths are 128 for 512, 256 for 1024 and so on, so that all of them have the same multiply-adds per word as
 each other, as the paper's have. Unlike those they have biases in the LSTMs and read text as continuous
-streams.
+streams, and from 256 experts on these learn at a quarter of the rate: each sees few tokens of a batch of a
+thousand (docs/results.md).
 """
 
+from dataclasses import replace
 from typing import Any
 
 from ..models import FeedForwardLM, LanguageModelConfig, MixtureLM, RecurrentLM
@@ -39,7 +41,9 @@ def _common(units: int = WIDTH, projection: int = 0) -> dict[str, Any]:
 
 def _mixture(name: str, num_experts: int, gate: GateConfig | None = None) -> RunConfig:
     model = MixtureLM(**_common(), num_experts=num_experts, k=4, hidden=256, gate=gate or NoisyTopKGate())
-    return _run(name, model)
+    config = _run(name, model)
+    expert_rate = 1.0 if num_experts < 256 else 0.25
+    return replace(config, optim=replace(config.optim, expert_rate=expert_rate))
 
 
 def _hierarchy(num_experts: int, num_groups: int) -> RunConfig:
