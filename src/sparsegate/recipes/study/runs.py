@@ -170,7 +170,10 @@ def _trials(folder: Path) -> dict[Rates, float | None]:
     match read_json(path):
         case list(rows):
             try:
-                return {(row["learning_rate"], row["expert_rate"]): row["valid_nll"] for row in rows}  # type: ignore
+                return {
+                    (float(row["learning_rate"]), float(row["expert_rate"])): row["valid_nll"]  # type: ignore[index]
+                    for row in rows
+                }
             except (KeyError, TypeError, ValueError):
                 pass
     raise ValueError(f"{path}: damaged; remove it, and the search begins anew")
