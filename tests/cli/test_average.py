@@ -27,6 +27,14 @@ def test_every_verb_takes_what_is_made(book: Path, monkeypatch: pytest.MonkeyPat
     assert "runs/book-average: exists already" in capsys.readouterr().err
 
 
+def test_of_one_checkpoint_there_is_no_mean(book: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture):
+    monkeypatch.chdir(book)
+    assert main(["average", "runs/book", "--last", "1", "--out", "runs/book-alone"]) == 0
+    capsys.readouterr()
+    assert main(["average", "runs/book-alone"]) == 2
+    assert "runs/book-alone: has one checkpoint alone, of step 20" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", ["nowhere", "runs/book --last 3", "runs/book --steps 15", "datasets/other"])
 def test_bad_input_is_refused_in_one_line(
     words: str, book: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture

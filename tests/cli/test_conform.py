@@ -139,10 +139,10 @@ def test_one_law_can_be_tried_alone(capsys: Capture):
             "target (layers:number): its call returned a int; it must return a torch.nn.Module",
         ),
         (["layers:identity"], "width: layers:identity makes a Identity, which does not say the width of its"),
-        (["layers:identity", "--width", "0"], "width (0) must be at least 1"),
+        (["layers:identity", "--width", "0"], "--width (0) must be at least 1"),
         (
             ["sparsegate.evaluation.conformance.own:noisy_topk", "--width", "3"],
-            "width (3): sparsegate.evaluation.conformance.own:noisy_topk says 16 itself; leave --width out",
+            "--width (3): sparsegate.evaluation.conformance.own:noisy_topk says 16 itself; leave --width out",
         ),
         (
             ["layers:shared", "--width", "4"],
@@ -151,9 +151,9 @@ def test_one_law_can_be_tried_alone(capsys: Capture):
         (["layers:identity", "a"], "argument (a) must be KEY=VALUE, such as num_experts=8"),
         (
             ["layers:identity", "--law", "gates-sum-to-2"],
-            "law (gates-sum-to-2): no such law; did you mean gate",
+            "--law (gates-sum-to-2): no such law; did you mean gate",
         ),
-        (["layers:identity", "--law", "xyzzy"], "law (xyzzy): no such law; there are output-is-finite, "),
+        (["layers:identity", "--law", "xyzzy"], "--law (xyzzy): no such law; there are output-is-finite, "),
     ],
 )
 def test_what_cannot_be_tried_is_refused_in_one_line(words: list[str], line: str, capsys: Capture):

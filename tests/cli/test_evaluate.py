@@ -146,6 +146,17 @@ def test_where_nothing_can_be_written_shows_before_the_work(
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_what_is_refused_leaves_no_empty_folder_and_takes_none_away(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "mine").mkdir()
+    for out in ("mine", "new"):
+        words = ["--pair", "en-de", "--greedy", "--out", str(tmp_path / out)]
+        assert main(["evaluate", "runs/en-fr", *words]) == 2
+        assert "has no pair 'en-de'" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
 def test_a_run_is_compared_with_another_and_with_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     plain = ["--greedy", "--resamples", "50"]
     translated(capsys, "runs/dense", *plain, "--out", str(tmp_path / "dense"))
@@ -192,13 +203,16 @@ def test_translations_are_kept_when_the_comparison_fails(
         ("runs/en-fr --part first-half", "--part: is for language models"),
         ("runs/en-fr --pair en-de", "test has no pair 'en-de', but en-fr"),
         ("runs/en-fr --sentences 0", "--sentences (0) must be at least 1"),
-        ("runs/en-fr --resamples -1", "resamples (-1) must not be negative"),
+        ("runs/en-fr --resamples -1", "--resamples (-1) must not be negative"),
         ("runs/en-fr --against nowhere", "nowhere: No such file"),
         ("runs/en-fr --against runs/book", "runs/book: is the run of a language model"),
         ("runs/en-fr --data datasets/other", "not a translation dataset"),
         ("runs/en-fr --data elsewhere/dataset", "made with other subwords"),
         ("runs/many --against pairs/en-fr.tsv", "is one file for 2 pairs; choose one by --pair"),
         ("runs/book --beam 3", "--beam: is for translation models; leave it out"),
+        ("runs/book --temperature 0", "--temperature: is for translation models"),
+        ("runs/book --top-k 2", "--top-k: is for translation models"),
+        ("runs/book --resamples 0", "--resamples: is for translation models"),
         ("runs/book --against runs/en-fr", "--against: is for translation models"),
     ],
 )

@@ -67,7 +67,7 @@ def test_a_list_of_words_is_taken_over_where_it_has_the_size_asked_for(capsys: p
     assert main([*words, "793471", "--output", "other"]) == 2
     assert capsys.readouterr().err == (
         "sparsegate prepare: words.txt: has 4 words, special ones included, and not the 793,471 of "
-        "vocabulary_size; leave that out, or give another vocabulary\n"
+        "--vocabulary-size; leave that out, or give another vocabulary\n"
     )
 
 

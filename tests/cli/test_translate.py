@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sparsegate import load
-from sparsegate.cli import translate
+from sparsegate.cli import progress, translate
 from sparsegate.cli.main import main
 from sparsegate.decoding import BeamSearch, TranslationSampling
 
@@ -107,6 +107,23 @@ def test_several_translations_come_with_their_scores(standard_input: Put, said):
     assert [t["text"] for each in objects for t in each["translations"]] == [row[2] for row in expected]
 
 
+def test_attention_is_of_each_subword_of_each_translation(standard_input: Put, said):
+    standard_input(TEXT)
+    assert main(["translate", "runs/en-fr", "--n-best", "2", "--attention"]) == 0
+    objects = [json.loads(line) for line in said()]
+    assert [each["source"] for each in objects] == LINES
+    for each in objects:
+        for translation in each["translations"]:
+            for alignment in translation.get("alignments", []):
+                assert alignment["source"][0] == "<2fr>"
+                assert "".join(alignment["source"][1:-1]).strip() == each["source"]
+                assert alignment["target"][-1] == "</s>"
+                assert len(alignment["attention"]) == len(alignment["target"])
+                assert all(sum(row) == pytest.approx(1, abs=0.01) for row in alignment["attention"])
+    assert "alignments" in objects[0]["translations"][0]
+    assert "alignments" not in objects[1]["translations"][0]  # nothing was read
+
+
 def test_alpha_and_beta_are_those_of_the_score(standard_input: Put, said):
     standard_input(TEXT)
     assert main(["translate", "runs/en-fr", "--alpha", "0", "--beta", "0", "--n-best", "1", "--json"]) == 0
@@ -155,7 +172,7 @@ def test_a_line_of_100_000_characters_is_one_line(standard_input: Put, said):
 def test_long_inputs_tell_how_far_they_are(
     standard_input: Put, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(translate, "_TELL_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "_SECONDS", 0.0)
     standard_input(TEXT)
     assert main(["translate", "runs/en-fr", "--greedy"]) == 0
     assert capfd.readouterr().err.startswith("lines translated: 3, ")
@@ -172,18 +189,18 @@ def test_long_inputs_tell_how_far_they_are(
         ("runs/book", "runs/book: is the run of a language model"),
         ("nowhere", "nowhere: not a run"),
         ("runs/many", "give --to with one of en, fr"),
-        ("runs/many --to de", "to (de): not a language of runs/many, which has en, fr"),
+        ("runs/many --to de", "--to (de): not a language of runs/many, which has en, fr"),
         ("runs/en-fr --to en", "was not trained for that pair, but for en-fr"),
         ("runs/en-fr absent.txt", "absent.txt: No such file"),
         ("runs/en-fr --n-best 0", "--n-best (0) must be at least 1"),
         ("runs/en-fr --beam 0", "--beam (0) must be at least 1"),
-        ("runs/en-fr --batch-size 0", "lines_at_once (0) must be at least 1"),
-        ("runs/en-fr --max-subwords 0", "max_subwords (0) must be at least 1"),
+        ("runs/en-fr --batch-size 0", "--batch-size (0) must be at least 1"),
+        ("runs/en-fr --max-subwords 0", "--max-subwords (0) must be at least 1"),
         ("runs/en-fr --greedy --beam 3", "--beam: is for beam search; leave it or --greedy out"),
         ("runs/en-fr --greedy --n-best 3", "--n-best: is for beam search"),
         ("runs/en-fr --greedy --temperature 1", "--greedy: is not drawn"),
         ("runs/en-fr --top-k 3", "--top-k: is for drawn translations"),
-        ("runs/en-fr --temperature -1", "temperature (-1.0) must be from 0"),
+        ("runs/en-fr --temperature -1", "--temperature (-1.0) must be from 0"),
         ("runs/en-fr --checkpoint 15", "has no checkpoint of step 15; there are: "),
     ],
 )

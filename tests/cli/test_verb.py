@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import pytest
 from annotated_types import Ge
 
-from sparsegate.cli.verb import Parser, Verb, parse
+from sparsegate.cli.verb import Parser, Verb, parse, with_flags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,13 @@ def config(args: Namespace) -> Garden | None:
     return Garden()
 
 
+def sow(parser: Parser) -> None:
+    parser.add_argument("packet")
+    parser.add_argument("--depth", type=int, dest="depth_cm")
+    parser.add_argument("--seeds", type=int)
+
+
+SOW = Verb(example="sparsegate sow", add_arguments=sow, run=lambda args: 0)
 GROW = Verb(
     example="sparsegate grow balcony --seed 3", add_arguments=add_arguments, run=lambda args: 0, config=config
 )
@@ -144,3 +151,22 @@ def test_help_without_a_name_tells_how_to_see_the_fields(capsys: pytest.CaptureF
 def test_help_of_what_does_not_exist_is_an_error():
     with pytest.raises(ValueError, match="roof: no such garden"):
         grow("roof --help")
+
+
+@pytest.mark.parametrize(
+    ("of_the_library", "told"),
+    [
+        ("depth_cm (-1) must be at least 0", "--depth (-1) must be at least 0"),
+        ("line 3: a stone; a greater depth_cm goes on", "line 3: a stone; a greater --depth goes on"),
+        ("seeds (0) must be at least 1", "--seeds (0) must be at least 1"),
+        ("there are no seeds (at all)", "there are no seeds (at all)"),
+        ("a packet of 3 with seeds (4)", "a packet of 3 with --seeds (4)"),
+        ("seeds: No such file", "seeds: No such file"),
+        ("packet (x) is empty", "packet (x) is empty"),
+        ("a/depth_cm: No such file", "a/depth_cm: No such file"),
+        ("depth_cm.txt: No such file", "depth_cm.txt: No such file"),
+        ("bed.depth_cm (3), soil_depth_cm", "bed.depth_cm (3), soil_depth_cm"),
+    ],
+)
+def test_messages_name_options_instead_of_arguments(of_the_library: str, told: str):
+    assert with_flags(of_the_library, SOW) == told

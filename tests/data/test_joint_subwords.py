@@ -61,6 +61,22 @@ def test_broken_bytes_of_a_model_decode_to_a_replacement() -> None:
     assert BYTES.decode([last]) == "\ufffd"
 
 
+@given(line=lines)
+def test_names_are_the_bytes_that_make_the_line(line: str) -> None:
+    as_bytes = f" {line}".encode() if line else b""
+    names = [bytes([byte]).decode(errors="backslashreplace") for byte in as_bytes]
+    assert BYTES.names(BYTES.encode(line)) == names
+    if line and line.isascii():
+        assert "".join(TRAINED.names(TRAINED.encode(line))) == f" {line}"
+
+
+def test_names_are_text_with_its_space_and_special_tokens_in_brackets() -> None:
+    ids = [0, 1, *TRAINED.encode_source("line", target_language="fr")]
+    assert TRAINED.names(ids) == ["<pad>", "<s>", "<2fr>", " line", "</s>"]
+    assert BYTES.names(BYTES.encode("é")) == [" ", "\\xc3", "\\xa9"]
+    assert TRAINED.names(TRAINED.encode("œ"))[-1].endswith("œ")
+
+
 def test_a_source_is_the_target_language_the_line_and_the_end() -> None:
     source = TRAINED.encode_source("line 1", target_language="fr")
     assert source == [4, *TRAINED.encode("line 1"), 2]

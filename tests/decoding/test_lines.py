@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -33,7 +34,7 @@ class Echo:
         self.vocabulary, self.num_best = vocabulary, num_best
         self.seen: list[tuple[int, str]] = []
 
-    def translations(self, model, sources, *, tokens, numbers, max_positions):
+    def translations(self, model, sources, *, tokens, numbers, max_positions, keep_attention=False):
         found = []
         for source, number in zip(sources, numbers, strict=True):
             assert source[0] == self.vocabulary.language_id("fr")
@@ -76,6 +77,22 @@ def test_it_is_what_the_search_finds(vocabulary: JointSubwords, model: Translati
     ((found,),) = translator(vocabulary, NARROW, model).translate(["one two"])
     assert found.score == pytest.approx(best.score)
     assert found.logprob == pytest.approx(best.logprob)
+
+
+@pytest.mark.parametrize("decoding", [NARROW, TranslationSampling()])
+def test_it_is_aligned_with_what_was_read_and_written(vocabulary: JointSubwords, model, decoding):
+    line = "one two. three"
+    align = translator(vocabulary, decoding, model, max_subwords=9, align=True)
+    ((found,),) = align.translate([line])
+    ((plain,),) = translator(vocabulary, decoding, model, max_subwords=9).translate([line])
+    assert found.text == plain.text
+    assert plain.alignments == ()
+    sources = [vocabulary.encode_source(part, target_language="fr") for part in ("one two.", "three")]
+    assert [each.source for each in found.alignments] == [tuple(vocabulary.names(ids)) for ids in sources]
+    for alignment in found.alignments:
+        assert alignment.target[-1] == "</s>"
+        assert alignment.attention.shape == (len(alignment.target), len(alignment.source))
+        np.testing.assert_allclose(alignment.attention.sum(axis=1), 1.0, rtol=1e-6)
 
 
 def test_padding_and_names_of_languages_are_never_written(vocabulary: JointSubwords):
@@ -130,7 +147,7 @@ def test_a_line_of_100_000_characters_is_cut_in_no_time(vocabulary: JointSubword
 
 def test_control_characters_are_spaces_on_both_sides(vocabulary: JointSubwords):
     class Rude(Echo):
-        def translations(self, model, sources, *, tokens, numbers, max_positions):
+        def translations(self, model, sources, *, tokens, numbers, max_positions, keep_attention=False):
             tokens_of = tuple(vocabulary.encode("a\rb\x0bc\u2028d "))
             return [[Hypothesis(tokens=tokens_of, logprob=0.0, score=0.0, end="stop")] for _ in sources]
 

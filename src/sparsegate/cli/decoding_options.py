@@ -1,6 +1,7 @@
 """The options of the verbs that translate: how translations are searched for, or drawn."""
 
 from argparse import Namespace
+from collections.abc import Mapping
 from typing import TypeVar
 
 from ..decoding import BeamSearch, TranslationSampling
@@ -9,25 +10,31 @@ from .verb import Parser
 Number = TypeVar("Number", int, float)
 
 _SEARCH = BeamSearch()
-_SEARCH_ALONE = ("beam", "alpha", "beta")
-_FLAGS = {"beam_size": "--beam", "length_penalty": "--alpha", "coverage_penalty": "--beta"}
-_SAMPLING_ALONE = ("top_k", "top_p", "seed")
+# Where the arguments have what the options say.
+OF_SEARCH = {"--beam": "beam_size", "--alpha": "length_penalty", "--beta": "coverage_penalty"}
+OF_DRAWS = {"--top-k": "top_k", "--top-p": "top_p", "--seed": "seed"}
 
 
 def add_decoding(parser: Parser) -> None:
     group = parser.add_argument_group("how to translate")
     group.add_argument(
-        "--beam", type=int, metavar="N", help=f"hypotheses of the beam search (default: {_SEARCH.beam_size})"
+        "--beam",
+        type=int,
+        dest="beam_size",
+        metavar="N",
+        help=f"hypotheses of the beam search (default: {_SEARCH.beam_size})",
     )
     group.add_argument(
         "--alpha",
         type=float,
+        dest="length_penalty",
         metavar="X",
         help=f"how much longer translations are favoured (default: {_SEARCH.length_penalty})",
     )
     group.add_argument(
         "--beta",
         type=float,
+        dest="coverage_penalty",
         metavar="X",
         help="how much it is favoured that all of the source is translated "
         f"(default: {_SEARCH.coverage_penalty})",
@@ -54,31 +61,28 @@ def decoding_of(args: Namespace, *, num_best: int = 1) -> BeamSearch | Translati
     ways = [flag for flag, given in (("--greedy", args.greedy), ("--temperature", draws)) if given]
     if len(ways) > 1:
         raise ValueError("--greedy: is not drawn; leave it or --temperature out")
-    for name in _SEARCH_ALONE if ways else ():
-        _refuse(args, name, f"is for beam search; leave it or {ways[0]} out")
-    for name in _SAMPLING_ALONE if not draws else ():
-        _refuse(args, name, "is for drawn translations; give --temperature as well")
+    if ways:
+        _refuse(args, OF_SEARCH, f"is for beam search; leave it or {ways[0]} out")
+    if not draws:
+        _refuse(args, OF_DRAWS, "is for drawn translations; give --temperature as well")
     if ways and num_best > 1:
         raise ValueError(f"--n-best: is for beam search; leave it or {ways[0]} out")
     if not ways:
-        try:
-            return BeamSearch(
-                beam_size=_or(args.beam, max(_SEARCH.beam_size, num_best)),
-                length_penalty=_or(args.alpha, _SEARCH.length_penalty),
-                coverage_penalty=_or(args.beta, _SEARCH.coverage_penalty),
-                num_best=num_best,
-            )
-        except ValueError as error:
-            name, _, what = str(error).partition(" ")
-            raise ValueError(f"{_FLAGS.get(name, name)} {what}") from None
+        return BeamSearch(
+            beam_size=_or(args.beam_size, max(_SEARCH.beam_size, num_best)),
+            length_penalty=_or(args.length_penalty, _SEARCH.length_penalty),
+            coverage_penalty=_or(args.coverage_penalty, _SEARCH.coverage_penalty),
+            num_best=num_best,
+        )
     return TranslationSampling(
         temperature=_or(args.temperature, 0.0), top_k=args.top_k, top_p=args.top_p, seed=_or(args.seed, 0)
     )
 
 
-def _refuse(args: Namespace, name: str, why: str) -> None:
-    if getattr(args, name) is not None:
-        raise ValueError(f"--{name.replace('_', '-')}: {why}")
+def _refuse(args: Namespace, flags: Mapping[str, str], why: str) -> None:
+    for flag, name in flags.items():
+        if getattr(args, name) is not None:
+            raise ValueError(f"{flag}: {why}")
 
 
 def _or(value: Number | None, default: Number) -> Number:

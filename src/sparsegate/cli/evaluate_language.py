@@ -10,11 +10,11 @@ from rich.table import Table
 from ..evaluation import Evaluation
 from ..inspection.balance import balance_metrics
 from ..recipes.language_run import LanguageRun
-from .trained import progress_bar
+from .progress import counted
 
 
 def run(args: Namespace, trained: LanguageRun) -> None:
-    with progress_bar("evaluating") as progress:
+    with counted("evaluating") as progress:
         result = trained.evaluate(
             args.split, data=args.data, part=args.part, batch_size=args.batch_size, progress=progress
         )

@@ -3,7 +3,8 @@
 import json
 import math
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,35 +19,31 @@ from ..inspection.balance import balance_metrics
 from ..recipes.load import load, require_translation
 from ..recipes.translation_run import TranslationRun
 from ..training.run_folder import holds_run
-from .decoding_options import decoding_of
-from .trained import progress_bar
+from .decoding_options import OF_DRAWS, OF_SEARCH, decoding_of
+from .progress import counted
 from .verb import Parser
 
-# What is of no use with a language model, by the value that it has when it is not given.
+_OF_DECODING = {**OF_SEARCH, "--temperature": "temperature", **OF_DRAWS}
+# What is of no use with a language model, and where the arguments have it.
 _ALONE = {
-    "pair": [],
-    "sentences": None,
-    "resamples": 0,
-    "against": None,
-    "out": None,
-    "beam": None,
-    "alpha": None,
-    "beta": None,
-    "greedy": False,
-    "temperature": None,
+    "--pair": "pair",
+    "--sentences": "sentences",
+    "--resamples": "resamples",
+    "--against": "against",
+    "--out": "out",
+    "--greedy": "greedy",
+    **_OF_DECODING,
 }
 
 
 def add_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("for translation models")
-    group.add_argument(
-        "--pair", action="append", default=[], metavar="EN-FR", help="pairs of languages (default: all)"
-    )
+    group.add_argument("--pair", action="append", metavar="EN-FR", help="pairs of languages (default: all)")
     group.add_argument(
         "--sentences", type=int, metavar="N", help="translate the first N of each pair (default: all)"
     )
     group.add_argument(
-        "--resamples", type=int, default=0, metavar="N", help="of the test set, for intervals; 1000 is usual"
+        "--resamples", type=int, metavar="N", help="of the test set, for intervals; 1000 is usual"
     )
     group.add_argument(
         "--against",
@@ -65,9 +62,9 @@ def add_arguments(parser: Parser) -> None:
 
 def refuse_options(args: Namespace) -> None:
     """ValueError for what a language model has no use for."""
-    for name, default in _ALONE.items():
-        if getattr(args, name) != default:
-            raise ValueError(f"--{name.replace('_', '-')}: is for translation models; leave it out")
+    for flag, name in _ALONE.items():
+        if getattr(args, name) is not None and getattr(args, name) is not False:
+            raise ValueError(f"{flag}: is for translation models; leave it out")
 
 
 def run(args: Namespace, trained: TranslationRun) -> None:
@@ -78,11 +75,11 @@ def run(args: Namespace, trained: TranslationRun) -> None:
     require_scores()
     baseline = _baseline(args, trained)
     folder = args.out or args.run / "translations" / _name(args, trained.step)
-    folder.mkdir(parents=True, exist_ok=True)  # where nothing can be written, it shows before the work
-    result = _evaluate(args, trained)
-    if not math.isfinite(result.likelihood.nll_nats):
-        raise ValueError(f"{args.run}: its likelihood is not finite; use an earlier checkpoint")
-    _write_lines(folder, result)  # whatever becomes of the comparison
+    with _folder(folder):  # where nothing can be written, it shows before the work
+        result = _evaluate(args, trained)
+        if not math.isfinite(result.likelihood.nll_nats):
+            raise ValueError(f"{args.run}: its likelihood is not finite; use an earlier checkpoint")
+        _write_lines(folder, result)  # whatever becomes of the comparison
     compared = {} if baseline is None else _compare(args, baseline, result)
     report = _as_json(args, trained, result, compared)
     write_atomically(folder / "scores.json", json.dumps(report, indent=1).encode() + b"\n")
@@ -92,32 +89,41 @@ def run(args: Namespace, trained: TranslationRun) -> None:
         _print(args, trained, result, compared, folder)
 
 
+@contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """Makes the folder; one in which nothing was written in the end is not left behind."""
+    made = not path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if made:
+            with suppress(OSError):
+                path.rmdir()
+        raise
+
+
 def _name(args: Namespace, step: int) -> str:
     """Another one for other translations, so that none are mixed with those of an earlier command."""
     asked = {
         "of": None if args.data is None else args.data.name,
         "first": args.sentences,
-        **{
-            name: getattr(args, name)
-            for name in ("beam", "alpha", "beta", "temperature", "top_k", "top_p", "seed")
-        },
+        **{flag.removeprefix("--"): getattr(args, name) for flag, name in _OF_DECODING.items()},
     }
-    words = [args.split, "step", step, *sorted(args.pair)]
-    words += [
-        word for name, value in asked.items() if value is not None for word in (name.replace("_", "-"), value)
-    ]
+    words = [args.split, "step", step, *sorted(args.pair or [])]
+    words += [word for name, value in asked.items() if value is not None for word in (name, value)]
     return "-".join(map(str, [*words, *["greedy"] * args.greedy]))
 
 
 def _evaluate(args: Namespace, trained: TranslationRun) -> TranslationEvaluation:
-    with progress_bar("evaluating") as progress:
+    with counted("evaluating") as progress:
         return trained.evaluate(
             args.split,
             data=args.data,
             pairs=args.pair,
             num_translated=args.sentences,
             decoding=decoding_of(args),
-            resamples=args.resamples,
+            resamples=args.resamples or 0,
             progress=progress,
         )
 

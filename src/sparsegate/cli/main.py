@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ..training.overrides import did_you_mean
-from .verb import Verb, parse
+from .verb import Verb, parse, with_flags
 
 # Each is a module of this folder with a constant VERB, imported only when it is asked for.
 VERBS = {
@@ -72,7 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--debug" in words:
             traceback.print_exc()
         if _name(type(error)) != _TOLD_ELSEWHERE:
-            print(f"{where}: {one_line(error)}", file=sys.stderr)
+            told = one_line(error)
+            told = with_flags(told, _verb(words[0])) if words[0] in VERBS else told
+            print(f"{where}: {told}", file=sys.stderr)
         return code
 
 
@@ -122,8 +124,13 @@ def _run(name: str, words: Sequence[str]) -> int:
     if name not in VERBS:
         near = did_you_mean(name, VERBS) or "; see sparsegate --help"
         raise ValueError(f"{name}: no such verb{near}")
-    verb: Verb = import_module(f"sparsegate.cli.{name}").VERB
+    verb = _verb(name)
     return verb.run(parse(verb, words, name=name, summary=VERBS[name]))
+
+
+def _verb(name: str) -> Verb:
+    verb: Verb = import_module(f"sparsegate.cli.{name}").VERB
+    return verb
 
 
 def _overview() -> str:

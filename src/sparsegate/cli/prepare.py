@@ -3,20 +3,10 @@
 import os
 from argparse import Namespace
 from argparse import _ArgumentGroup as ArgumentGroup
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.table import Table
 
 from ..data.corpus import HoldOut
@@ -25,6 +15,7 @@ from ..data.preparing import prepare
 from ..data.text_options import TextOptions
 from ..data.train_vocabulary import VocabularyKind
 from . import parallel
+from .progress import read_bytes
 from .verb import Parser, Verb
 
 EXAMPLE = """
@@ -112,10 +103,10 @@ def run(args: Namespace) -> int:
         max_gzip_ratio=args.max_gzip_ratio,
     )
     if of_pairs:
-        with progress_bar() as progress:
+        with read_bytes() as progress:
             parallel.run(args, text=text, progress=progress)
         return 0
-    with progress_bar() as progress:
+    with read_bytes() as progress:
         dataset = prepare(
             output=args.output,
             train=args.train,
@@ -135,21 +126,6 @@ def run(args: Namespace) -> int:
         )
     Console().print(_summary(args.output, dataset))
     return 0
-
-
-@contextmanager
-def progress_bar() -> Generator[Callable[[int, int], None]]:
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("reading"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("reading", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _summary(directory: Path, dataset: Dataset) -> Table:

@@ -9,7 +9,7 @@ from rich.table import Table
 from ..decoding import Sampling
 from ..recipes.load import load, require_language
 from ..recipes.quickstart import FULL, SHORT, Row, compare, corpus, dense, mixture
-from .prepare import progress_bar
+from .progress import read_bytes
 from .verb import Parser, Verb
 
 EXAMPLE = """
@@ -35,7 +35,7 @@ def run(args: Namespace) -> int:
     console = Console()
     size, folder = (SHORT, args.out / "short") if args.short else (FULL, args.out)
     console.print("[bold]1[/] a corpus from the sources of Python's standard library")
-    with progress_bar() as progress:
+    with read_bytes() as progress:
         dataset = corpus(folder / "data", size, progress=progress)
     split = dataset.split("train")
     console.print(

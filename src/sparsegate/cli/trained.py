@@ -3,12 +3,8 @@
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..recipes.language_run import LanguageRun
 from ..recipes.load import load, require_language, require_translation
@@ -56,16 +52,6 @@ def load_language_run(args: Namespace) -> LanguageRun:
 
 def load_translation_run(args: Namespace) -> TranslationRun:
     return require_translation(load_run(args))
-
-
-@contextmanager
-def progress_bar(activity: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error, if that is a terminal, for what is told how much is done, and of how much."""
-    console = Console(stderr=True)
-    columns = (TextColumn(activity), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(activity, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def warn(message: str) -> None:

@@ -2,14 +2,14 @@
 
 import json
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from ..decoding import Translation
 from .decoding_options import add_decoding, decoding_of
+from .progress import NowAndThen
 from .trained import add_run, lines_as_they_come, load_translation_run
 from .verb import Parser, Verb
 
@@ -17,9 +17,9 @@ EXAMPLE = """
 echo "A man is riding a horse." | sparsegate translate runs/en-de
 sparsegate translate runs/en-de news.en more.en --greedy > news.de
 sparsegate translate runs/many --to fr --n-best 3 --json < sentences.txt > translations.jsonl
+sparsegate translate runs/en-de news.en --attention > attention.jsonl
 """
 
-_TELL_SECONDS = 10.0
 _STANDARD_INPUT = Path("-")
 
 
@@ -42,9 +42,15 @@ cut where sentences end if possible."""
         "--json", action="store_true", help="print a JSON object for each line: source, translations"
     )
     parser.add_argument(
+        "--attention",
+        action="store_true",
+        help="the same, with the subwords of each translation and what they attended to",
+    )
+    parser.add_argument(
         "--batch-size",
         type=int,
         default=64,
+        dest="lines_at_once",
         metavar="N",
         help="lines translated at the same time (default: 64)",
     )
@@ -66,7 +72,8 @@ def run(args: Namespace) -> int:
         source=args.source,
         decoding=decoding,
         max_subwords=args.max_subwords,
-        lines_at_once=args.batch_size,
+        lines_at_once=args.lines_at_once,
+        align=args.attention,
     )
     for path in args.files:
         if path != _STANDARD_INPUT:
@@ -92,8 +99,8 @@ def _windows(args: Namespace, size: int) -> Iterator[list[str]]:
 
 
 def _print(args: Namespace, number: int, line: str, translations: Sequence[Translation]) -> None:
-    if args.json:
-        found = [asdict(translation) for translation in translations]
+    if args.json or args.attention:
+        found = [_as_json(translation) for translation in translations]
         print(json.dumps({"source": line, "translations": found}, ensure_ascii=False))
     elif args.n_best is None:
         print(translations[0].text)
@@ -102,27 +109,41 @@ def _print(args: Namespace, number: int, line: str, translations: Sequence[Trans
             print(f"{number}\t{translation.score:.4f}\t{translation.text}")
 
 
+def _as_json(translation: Translation) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "text": translation.text,
+        "score": translation.score,
+        "logprob": translation.logprob,
+    }
+    if translation.alignments:
+        fields["alignments"] = [
+            {
+                "source": alignment.source,
+                "target": alignment.target,
+                "attention": alignment.attention.astype(float).round(4).tolist(),
+            }
+            for alignment in translation.alignments
+        ]
+    return fields
+
+
 class _Progress:
-    """Tells on standard error now and then how many lines were translated, and how much of long ones."""
+    """How many lines were translated, and how much of long ones."""
 
     def __init__(self) -> None:
         self.num_lines = 0
-        self._began = self._told = time.monotonic()
+        self._lines = NowAndThen()
 
     def add(self, num_lines: int) -> None:
         self.num_lines += num_lines
-        rate = self.num_lines / max(time.monotonic() - self._began, 1e-9)
-        self._tell(f"lines translated: {self.num_lines:,}, {rate:,.1f} a second")
+        rate = self._lines.rate(self.num_lines)
+        self._lines.tell(f"lines translated: {self.num_lines:,}, {rate:,.1f} a second")
 
     def tell_parts(self, done: int, of: int) -> None:
         if done < of:
-            self._tell(f"lines translated: {self.num_lines:,}, and {done:,} of {of:,} parts of the next")
-
-    def _tell(self, what: str) -> None:
-        now = time.monotonic()
-        if now - self._told >= _TELL_SECONDS:
-            self._told = now
-            print(what, file=sys.stderr)
+            self._lines.tell(
+                f"lines translated: {self.num_lines:,}, and {done:,} of {of:,} parts of the next"
+            )
 
 
 VERB = Verb(example=EXAMPLE, add_arguments=add_arguments, run=run)

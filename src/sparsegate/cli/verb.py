@@ -1,6 +1,7 @@
 """What a verb is, and how its words on the command line are read."""
 
 import argparse
+import re
 import textwrap
 from argparse import Namespace
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -114,6 +115,17 @@ class _Help(argparse.Action):
                     group.add_argument(_flag(option.path), metavar=option.type, help=text.replace("%", "%%"))
         parser.print_help()
         parser.exit()
+
+
+_NAMES = re.compile(r"^\w+(?= \()|(?<![\w./-])(?:\w+(?= \(-?\d)|[a-z]+(?:_[a-z]+)+(?![\w./-]))")
+
+
+def with_flags(message: str, verb: Verb) -> str:
+    """A message of the library, with its arguments named as the verb's options are: `top_k (0) must be ...`
+    says `--top-k`. A name without an underscore may be any word, and counts before its value alone."""
+    actions = _parser(verb, name="", summary="")._actions
+    flags = {action.dest: action.option_strings[-1] for action in actions if action.option_strings}
+    return _NAMES.sub(lambda name: flags.get(name[0], name[0]), message)
 
 
 def _split(argv: Sequence[str], flags: Container[str]) -> tuple[list[str], dict[str, str | None]]:

@@ -9,8 +9,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from .languages import check_language
 from .normalization import PLAIN, Normalization
-from .subwords import MAX_WORD_BYTES, byte_alphabet, merges_of, piece_ids
-from .vocabulary import Vocabulary, check_ids, check_lines
+from .subwords import MAX_WORD_BYTES, byte_alphabet, byte_of, merges_of, piece_ids
+from .vocabulary import END, Vocabulary, check_ids, check_lines
 
 PAD_ID, BEGIN_ID, END_ID = 0, 1, 2
 _NUM_SPECIAL = 3
@@ -142,6 +142,20 @@ class JointSubwords(Vocabulary):
             elif token >= self._first_piece:
                 lines[-1].append(token - self._first_piece)
         return "\n".join(self._tokenizer.decode_batch(lines, skip_special_tokens=False))
+
+    def names(self, ids: Iterable[int]) -> list[str]:
+        """What each id is, to look at: the text of a piece with the space before it, bytes that are no
+        UTF-8 by themselves as ``\\xe6``; ``<pad>``, ``<s>``, ``</s>``, ``<2fr>``."""
+        special = ("<pad>", "<s>", END, *(f"<2{language}>" for language in self._languages))
+        return [
+            special[token] if token < self._first_piece else self._text_of(token - self._first_piece)
+            for token in check_ids(ids, self.size)
+        ]
+
+    def _text_of(self, piece: int) -> str:
+        letters = self._tokenizer.id_to_token(piece)
+        assert letters is not None
+        return bytes(map(byte_of, letters)).decode(errors="backslashreplace")
 
     def to_json(self) -> dict[str, Any]:
         return {

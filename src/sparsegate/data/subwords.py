@@ -20,6 +20,15 @@ def byte_alphabet() -> list[str]:
     return sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
+def byte_of(letter: str) -> int:
+    """The byte that a character of the `byte_alphabet` stands for: itself if it is printable, else it is one
+    of the characters from 256 on, in the order of the others."""
+    return ord(letter) if ord(letter) < NUM_BYTES else _UNPRINTABLE[ord(letter) - NUM_BYTES]
+
+
+_UNPRINTABLE = [byte for byte in range(NUM_BYTES) if chr(byte) not in set(byte_alphabet())]
+
+
 def piece_ids(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
     """The 256 bytes and what `merges` make of them, numbered. ValueError for what no training gives."""
     pieces = {piece: token for token, piece in enumerate(byte_alphabet())}

@@ -3,6 +3,7 @@
 from .beam_search import BeamSearch as BeamSearch
 from .beam_search import beam_search as beam_search
 from .choice import Sampling as Sampling
+from .lines import Alignment as Alignment
 from .lines import Decoding as Decoding
 from .lines import LineTranslator as LineTranslator
 from .lines import Translation as Translation

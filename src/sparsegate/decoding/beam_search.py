@@ -66,10 +66,17 @@ class BeamSearch:
         tokens: TargetTokens,
         numbers: Sequence[int],
         max_positions: int,
+        keep_attention: bool = False,
     ) -> list[list[Hypothesis]]:
         """See `beam_search`. numbers: are of no use to it."""
-        max_tokens = max_positions * self.beam_size
-        return beam_search(model, sources, tokens=tokens, search=self, max_tokens=max_tokens)
+        return beam_search(
+            model,
+            sources,
+            tokens=tokens,
+            search=self,
+            max_tokens=max_positions * self.beam_size,
+            keep_attention=keep_attention,
+        )
 
 
 def beam_search(

@@ -2,9 +2,12 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from ..data.joint_subwords import JointSubwords
 from ..data.parallel.cleaning import clean_line, one_line
@@ -28,16 +31,30 @@ class Decoding(Protocol):
         tokens: TargetTokens,
         numbers: Sequence[int],
         max_positions: int,
+        keep_attention: bool = False,
     ) -> list[list[Hypothesis]]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
+class Alignment:
+    """What a translation attended to. source, target: their subwords, as `JointSubwords.names` has them, each
+    with its end, the source with the language to translate into first. attention: float32 [target, source];
+    each row adds up to 1."""
+
+    source: tuple[str, ...]
+    target: tuple[str, ...]
+    attention: npt.NDArray[np.float32] = field(compare=False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Translation:
-    """One translation of a line. score, logprob: as in `Hypothesis`; of a line in parts, their sums."""
+    """One translation of a line. score, logprob: as in `Hypothesis`; of a line in parts, their sums.
+    alignments: of each part, where they were asked for."""
 
     text: str
     score: float
     logprob: float
+    alignments: tuple[Alignment, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +63,7 @@ class LineTranslator:
 
     max_subwords: longer lines are translated in parts, which are cut where a sentence ends, else at a space,
     else anywhere. lines_at_once: how many lines are read, and translated side by side.
+    align: keep the attention of translations.
     """
 
     model: TranslationModel
@@ -54,6 +72,7 @@ class LineTranslator:
     decoding: Decoding
     max_subwords: int = 250
     lines_at_once: int = 64
+    align: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_subwords", "lines_at_once"):
@@ -107,9 +126,11 @@ class LineTranslator:
                     tokens=target_tokens(self.vocabulary),
                     numbers=numbers[together],
                     max_positions=64 * self.lines_at_once,
+                    keep_attention=self.align,
                 )
                 tell(len(found), len(sources))
-            yield self._joined([(found[first + part], gap) for part, (_, gap) in enumerate(several)])
+            own = slice(first, first + len(several))
+            yield self._joined(sources[own], found[own], gaps=[gap for _, gap in several])
             first += len(several)
 
     def _parts(self, line: str) -> Iterator[tuple[str, str]]:
@@ -125,24 +146,36 @@ class LineTranslator:
         yield last, " " if end < start else ""
         yield from self._parts(line[start:])
 
-    def _joined(self, parts: Sequence[tuple[list[Hypothesis], str]]) -> list[Translation]:
+    def _joined(
+        self, sources: Sequence[list[int]], found: Sequence[list[Hypothesis]], *, gaps: Sequence[str]
+    ) -> list[Translation]:
         """Of the parts' translations the best ones together, the second best ones together, ..."""
-        num_best = max((len(hypotheses) for hypotheses, _ in parts), default=1)
+        num_best = max(map(len, found), default=1)
         joined = []
         for rank in range(num_best):
-            chosen = [hypotheses[min(rank, len(hypotheses) - 1)] for hypotheses, _ in parts]
+            chosen = [hypotheses[min(rank, len(hypotheses) - 1)] for hypotheses in found]
             texts = [
                 one_line(self.vocabulary.decode(each.tokens)) + gap
-                for each, (_, gap) in zip(chosen, parts, strict=True)
+                for each, gap in zip(chosen, gaps, strict=True)
             ]
+            alignments = map(self._alignment, sources, chosen) if self.align else ()
             joined.append(
                 Translation(
                     text="".join(texts),
                     score=sum(each.score for each in chosen),
                     logprob=sum(each.logprob for each in chosen),
+                    alignments=tuple(alignments),
                 )
             )
         return joined
+
+    def _alignment(self, source: list[int], found: Hypothesis) -> Alignment:
+        assert found.attention is not None, "the decoding kept no attention"
+        return Alignment(
+            source=tuple(self.vocabulary.names(source)),
+            target=tuple(self.vocabulary.names([*found.tokens, self.vocabulary.end_id])),
+            attention=found.attention,
+        )
 
 
 def target_tokens(vocabulary: JointSubwords) -> TargetTokens:

@@ -38,6 +38,7 @@ class TranslationSampling:
         tokens: TargetTokens,
         numbers: Sequence[int],
         max_positions: int,
+        keep_attention: bool = False,
         peers: Peers = ALONE,
     ) -> list[list[Hypothesis]]:
         """See `sample_translations`; one of each source."""
@@ -48,6 +49,7 @@ class TranslationSampling:
             sampling=self,
             numbers=numbers,
             max_tokens=max_positions,
+            keep_attention=keep_attention,
             peers=peers,
         )
         return [[hypothesis] for hypothesis in found]
@@ -68,10 +70,17 @@ class SharedSampling:
         tokens: TargetTokens,
         numbers: Sequence[int],
         max_positions: int,
+        keep_attention: bool = False,
     ) -> list[list[Hypothesis]]:
         """See `sample_translations`; one of each source."""
         return self.sampling.translations(
-            model, sources, tokens=tokens, numbers=numbers, max_positions=max_positions, peers=self.peers
+            model,
+            sources,
+            tokens=tokens,
+            numbers=numbers,
+            max_positions=max_positions,
+            keep_attention=keep_attention,
+            peers=self.peers,
         )
 
 

@@ -44,6 +44,7 @@ class TranslationRun:
         decoding: Decoding = _SEARCH,
         max_subwords: int = 250,
         lines_at_once: int = 64,
+        align: bool = False,
     ) -> LineTranslator:
         """What translates lines; see `LineTranslator`.
 
@@ -60,6 +61,7 @@ class TranslationRun:
             decoding=decoding,
             max_subwords=max_subwords,
             lines_at_once=lines_at_once,
+            align=align,
         )
 
     def translate(
@@ -129,7 +131,7 @@ class TranslationRun:
         return dataset
 
     def _target(self, to: str | None, source: str | None) -> str:
-        for name, language in (("from", source), ("to", to)):
+        for name, language in (("source", source), ("to", to)):
             if language is not None and language not in self.vocabulary.languages:
                 raise ValueError(
                     f"{name} ({language}): not a language of {self.folder}, which has "

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -170,13 +171,15 @@ def _trials(folder: Path) -> dict[Rates, float | None]:
     match read_json(path):
         case list(rows):
             try:
-                return {
-                    (float(row["learning_rate"]), float(row["expert_rate"])): row["valid_nll"]  # type: ignore[index]
-                    for row in rows
-                }
+                return dict(map(_trial, rows))
             except (KeyError, TypeError, ValueError):
                 pass
     raise ValueError(f"{path}: damaged; remove it, and the search begins anew")
+
+
+def _trial(row: Any) -> tuple[Rates, float | None]:
+    nll = row["valid_nll"]
+    return (float(row["learning_rate"]), float(row["expert_rate"])), None if nll is None else float(nll)
 
 
 def _validation(nll: float) -> str:
