@@ -40,6 +40,8 @@ _FUNCTIONS: tuple[Callable[[], RunConfig], ...] = (
     small.small_moe_1_deep,
     small.small_4xlstm,
     small.small_lstm,
+    small.small_4xlstm_256,
+    small.small_moe_32_256,
     translation.translation_lstm,
     translation.translation_dense,
     translation.translation_moe_32,

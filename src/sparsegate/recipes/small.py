@@ -1,9 +1,9 @@
 """The paper's models at a quarter of their width: each trains on two CPU cores in minutes.
 
 Widths are 128 for 512, 256 for 1024 and so on, so that all of them have the same multiply-adds per word as
-each other, as the paper's have. Unlike those they have biases in the LSTMs and read text as continuous
-streams, and from 256 experts on these learn at a quarter of the rate: each sees few tokens of a batch of a
-thousand (docs/results.md).
+each other, as the paper's have; two at half the width cost four times as much. Unlike the paper's they have
+biases in the LSTMs and read text as continuous streams, and from 256 experts on these learn at a quarter of
+the rate: each sees few tokens of a batch of a thousand (docs/results.md).
 """
 
 from dataclasses import replace
@@ -28,19 +28,19 @@ def _run(name: str, model: LanguageModelConfig) -> RunConfig:
     )
 
 
-def _common(units: int = WIDTH, projection: int = 0) -> dict[str, Any]:
+def _common(width: int = WIDTH) -> dict[str, Any]:
     return {
         "vocab_size": VOCABULARY,
-        "width": WIDTH,
-        "lstm_units": units,
-        "lstm_projection": projection,
+        "width": width,
+        "lstm_units": width,
         "lstm_bias": True,
         "dropout": DROPOUT,
     }
 
 
-def _mixture(name: str, num_experts: int, gate: GateConfig | None = None) -> RunConfig:
-    model = MixtureLM(**_common(), num_experts=num_experts, k=4, hidden=256, gate=gate or NoisyTopKGate())
+def _mixture(name: str, num_experts: int, gate: GateConfig | None = None, *, width: int = WIDTH) -> RunConfig:
+    gate = gate or NoisyTopKGate()
+    model = MixtureLM(**_common(width), num_experts=num_experts, k=4, hidden=2 * width, gate=gate)
     config = _run(name, model)
     expert_rate = 1.0 if num_experts < 256 else 0.25
     return replace(config, optim=replace(config.optim, expert_rate=expert_rate))
@@ -98,4 +98,15 @@ def small_4xlstm() -> RunConfig:
 
 def small_lstm() -> RunConfig:
     """lstm-2048-512 at width 128: 512 units, projected."""
-    return _run("small-lstm", RecurrentLM(**_common(units=4 * WIDTH, projection=WIDTH), num_layers=1))
+    model = RecurrentLM(**_common(), num_layers=1)
+    return _run("small-lstm", replace(model, lstm_units=4 * WIDTH, lstm_projection=WIDTH))
+
+
+def small_4xlstm_256() -> RunConfig:
+    """4xlstm-512 at width 256: four times the multiply-adds of small-4xlstm."""
+    return _run("small-4xlstm-256", RecurrentLM(**_common(2 * WIDTH), num_layers=4))
+
+
+def small_moe_32_256() -> RunConfig:
+    """moe-32 at width 256: four times the multiply-adds of small-moe-32."""
+    return _mixture("small-moe-32-256", 32, width=2 * WIDTH)
