@@ -109,7 +109,8 @@ def ended(options: Options, after_s: float) -> bool:
     return False
 
 
-def test_a_kill_before_any_change_ends_as_what_is_not_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.nightly)])
+def test_a_kill_before_any_change_ends_as_what_is_not_killed(every: int, tmp_path: Path) -> None:
     text = write(tmp_path / "text", prose(60))
     options = {"kind": "words", "workers": 1}
     prepare(**{**many_parts(tmp_path / "whole", text, **options), "part_bytes": 1500})
@@ -126,7 +127,7 @@ def test_a_kill_before_any_change_ends_as_what_is_not_killed(tmp_path: Path) -> 
             if not output.exists():
                 prepare(**made)
         assert contents(output) == expected
-        at_change += 1
+        at_change += every
     assert at_change > 30
 
 
