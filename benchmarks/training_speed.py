@@ -49,7 +49,7 @@ def main() -> None:
             }
         )
     print(markdown(rows))
-    print(store(RESULTS / "training_speed.json", {**circumstances(), "rows": rows}))
+    print(store(RESULTS / f"{args.name}.json", {**circumstances(), "rows": rows}))
 
 
 def tflops(name: str, tokens_per_second: float, args: argparse.Namespace) -> float:
@@ -103,6 +103,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--num-steps", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--name", default="training_speed", help="of the file of results")
     return parser.parse_args()
 
 
