@@ -17,7 +17,7 @@ from sparsegate.cli.main import main
 from sparsegate.data import Batch
 from sparsegate.models import LanguageModel, RecurrentLM
 from sparsegate.models.softmax import OutputSoftmax
-from sparsegate.training import tasks
+from sparsegate.training import loop, tasks
 from sparsegate.training.checkpoint import checkpoint_name, latest_checkpoint, load_checkpoint
 from sparsegate.training.config import ContinuousConfig, ParallelConfig, RunConfig, SentencesConfig
 from sparsegate.training.log import read_log
@@ -78,6 +78,23 @@ def assert_equal(one: TrainResult, other: TrainResult) -> None:
     assert left.keys() == right.keys()
     for name, value in left.items():
         assert torch.equal(value, right[name]), name
+
+
+def test_denormal_numbers_count_as_zero_while_a_run_trains(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[bool] = []
+    compute = loop.compute_gradient
+    monkeypatch.setattr(
+        loop, "compute_gradient", lambda *args, **names: (seen.append(flushes()), compute(*args, **names))[1]
+    )
+    train(with_training(config, steps=2), folder=tmp_path / "run")
+    assert seen == [True] * 2
+    assert not flushes()
+
+
+def flushes() -> bool:
+    return (torch.full((1,), torch.finfo(torch.float32).tiny) / 2).item() == 0
 
 
 SHORT_EPOCHS = {

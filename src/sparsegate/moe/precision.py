@@ -1,6 +1,8 @@
-"""Where the layer follows autocast, and where it does not."""
+"""What numbers are computed as: where the layer follows autocast, and where not; the smallest ones."""
 
-from contextlib import AbstractContextManager, nullcontext
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -11,6 +13,21 @@ def autocast_off(device: torch.device) -> AbstractContextManager[object]:
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+@contextmanager
+def flushed_denormals() -> Iterator[None]:
+    """Numbers nearer to 0 than the smallest normal one count as 0, in this thread and those it starts.
+
+    In a matrix product they take a CPU fifty times as long where two in a hundred are such, and there are as
+    many in the gradients of a saturated sigmoid, and of eq. 9 where the noise is small.
+    """
+    before = sys.float_info.min / 2 == 0.0
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
 
 
 def as_autocast(tensor: Tensor) -> Tensor:

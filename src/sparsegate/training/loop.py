@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ..moe.precision import flushed_denormals
 from ..optim.schedule import warmup_then_inverse_sqrt
 from .background import Background
 from .checkpoint import delete_others
@@ -65,6 +66,7 @@ def train(
     """
     device = resolve_device(config.training.device)
     with ExitStack() as stack:
+        stack.enter_context(flushed_denormals())
         ranks = stack.enter_context(ranks_of_process(device, timeout_s=config.training.timeout))
         run: Run | None = None
         stack.enter_context(

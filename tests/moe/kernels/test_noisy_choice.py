@@ -41,6 +41,25 @@ def logits(num_rows: int, dtype: torch.dtype) -> list[Tensor]:
     return [logits_NS.requires_grad_(), torch.randn(num_rows, NUM_EXPERTS, dtype=dtype, requires_grad=True)]
 
 
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_no_gradient_is_a_denormal_number(num_threads):
+    """A product with a few of them, as the gate's gradient is, would take fifty times as long."""
+    torch.set_num_threads(num_threads)
+    num_rows = 2000
+    logits_NS = torch.cat([torch.linspace(0, 15, NUM_EXPERTS).expand(num_rows, -1)] * 2, dim=1) + torch.randn(
+        num_rows, 2 * NUM_EXPERTS
+    )
+    logits_NS[:, NUM_EXPERTS:] = 0.5
+    noise_NB, tiny = torch.randn(num_rows, NUM_EXPERTS), torch.finfo(torch.float32).tiny
+    num_denormal = {}
+    for module in (noisy_choice.equations, threaded_choice.noisy_choice):
+        own_NS = logits_NS.clone().requires_grad_()
+        choice = module(own_NS, noise_NB, None, num_groups=1, k=K, noise_epsilon=0.0)
+        choice.load_AB.square().sum().backward()
+        num_denormal[module] = ((own_NS.grad != 0) & (own_NS.grad.abs() < tiny)).sum().item()
+    assert num_denormal[threaded_choice.noisy_choice] == 0 < num_denormal[noisy_choice.equations]
+
+
 def outputs(choice: noisy_choice.Choice) -> list[Tensor]:
     return [choice.weight_NK, choice.load_AB, *choice.logit_sums]
 

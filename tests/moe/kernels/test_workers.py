@@ -106,6 +106,24 @@ def test_autocast_is_off_in_every_thread(num_threads):
     assert seen == [False] * 2
 
 
+@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize("before", [False, True])
+def test_denormal_numbers_are_zero_in_every_thread_and_afterwards_what_they_were(num_threads, before):
+    torch.set_num_threads(num_threads)
+    torch.set_flush_denormal(before)
+    try:
+        seen = []
+        in_parallel(lambda task: seen.append(half_of_the_smallest()), range(4))
+        assert seen == [0.0] * 4
+        assert (half_of_the_smallest() == 0.0) == before
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def half_of_the_smallest() -> float:
+    return (torch.full((1,), torch.finfo(torch.float32).tiny) / 2).item()
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_child_starts_threads_of_its_own():

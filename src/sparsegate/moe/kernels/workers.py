@@ -14,7 +14,7 @@ from threading import Barrier, local
 import torch
 from torch import Tensor
 
-from ..precision import autocast_off
+from ..precision import autocast_off, flushed_denormals
 
 _CPU = torch.device("cpu")
 
@@ -22,12 +22,12 @@ _CPU = torch.device("cpu")
 def in_parallel(function: Callable[[int], object], tasks: Iterable[int]) -> None:
     """Call the function for every task, in as many threads as torch uses, the first tasks first.
 
-    Each call computes with one thread, without autograd and autocast, and in the caller's inference mode. The
-    first exception is raised when all threads have stopped.
+    Each call computes with one thread, without autograd, autocast and denormal numbers, and in the caller's
+    inference mode. The first exception is raised when all threads have stopped.
     """
     num_threads, queue = torch.get_num_threads(), deque(tasks)
     if num_threads == 1 or len(queue) < 2:
-        with autocast_off(_CPU):  # as it is in the other threads
+        with autocast_off(_CPU), flushed_denormals():  # as it is in the other threads
             _drain(function, queue, torch.is_inference_mode_enabled())
         return
     executor = _executor(num_threads)
@@ -73,7 +73,7 @@ def _drain(function: Callable[[int], object], queue: deque[int], inference: bool
 
 @cache
 def _executor(num_threads: int) -> ThreadPoolExecutor:
-    executor = ThreadPoolExecutor(num_threads, thread_name_prefix="sparsegate", initializer=_use_one_thread)
+    executor = ThreadPoolExecutor(num_threads, thread_name_prefix="sparsegate", initializer=_prepare_thread)
     started = Barrier(num_threads)
     try:
         for future in [executor.submit(started.wait) for _ in range(num_threads)]:
@@ -87,6 +87,7 @@ def _executor(num_threads: int) -> ThreadPoolExecutor:
     return executor
 
 
-def _use_one_thread() -> None:
+def _prepare_thread() -> None:
     torch.set_num_threads(1)
     torch.get_num_threads()  # without it the thread would look the number up again later
+    torch.set_flush_denormal(True)
