@@ -16,6 +16,7 @@ import math
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -37,10 +38,14 @@ SHARES = (0.0, 0.001, 0.01, 0.02)
 def main() -> None:
     args = _arguments()
     torch.set_num_threads(args.threads)
-    what = [*(f"product, {share:.1%} of a factor" for share in SHARES), "gate", *map(str, args.run)]
+    steps: dict[str, Callable[[], Step]] = {
+        **{f"product, {share:.1%} of a factor": partial(product, share) for share in SHARES},
+        "gate": gate,
+        **{str(run): partial(model, run, args.data) for run in args.run},
+    }
     rows = []
-    for name in what:
-        kept, flushed = (_in_a_process(name, flush, args) for flush in (False, True))
+    for name, make in steps.items():
+        kept, flushed = (_in_a_process(make, flush, args) for flush in (False, True))
         rows.append(
             {"what": name, "kept (ms)": 1e3 * kept, "flushed (ms)": 1e3 * flushed, "ratio": kept / flushed}
         )
@@ -48,21 +53,17 @@ def main() -> None:
     print(store(RESULTS / "denormals.json", {**circumstances(), "rows": rows}))
 
 
-def _in_a_process(name: str, flush: bool, args: argparse.Namespace) -> float:
+def _in_a_process(make: Callable[[], Step], flush: bool, args: argparse.Namespace) -> float:
     """Seconds of a step."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        return process.submit(_measure, name, flush, args).result()
+        return process.submit(_measure, make, flush, args).result()
 
 
-def _measure(name: str, flush: bool, args: argparse.Namespace) -> float:
+def _measure(make: Callable[[], Step], flush: bool, args: argparse.Namespace) -> float:
     torch.set_flush_denormal(flush)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    if name.startswith("product"):
-        step = product(float(name.split()[1].rstrip("%")) / 100)
-    else:
-        step = gate() if name == "gate" else model(Path(name), args)
-    return statistics.median(seconds({name: step}, repeats=args.repeats)[name])
+    return statistics.median(seconds({"": make()}, repeats=args.repeats)[""])
 
 
 def product(share: float) -> Step:
@@ -90,10 +91,10 @@ def gate() -> Step:
     return step
 
 
-def model(folder: Path, args: argparse.Namespace) -> Step:
+def model(folder: Path, data: Path | None) -> Step:
     """The gradient of the first words of the validation split."""
     trained = require_language(load(folder))
-    split = Dataset.open(args.data or Path(trained.config.data)).splits["valid"]
+    split = Dataset.open(data or Path(trained.config.data)).splits["valid"]
     text_BS = torch.from_numpy(split.token_N[: 32 * 65].astype("int64")).reshape(32, 65)
     batch = Batch(
         input_BS=text_BS[:, :-1],

@@ -64,7 +64,7 @@ def test_json_is_one_object_with_its_circumstances(capsys: Capture):
         ("small-batch --repeats 0", "--repeats (0) must be at least 1"),
         ("layer --threads 0", "--threads (0) must be at least 1"),
         ("layer --experts 9999999", "--experts (9,999,999) with --tokens (4,096) need 8"),
-        ("layer --plot", "plot: needs a folder to write to; add --out DIR"),
+        ("layer --plot", "--plot: needs a folder to write to; add --out DIR"),
         ("layer --davidmrau none.py", "none.py: No such file or directory"),
         ("layer --out file", "file: File exists"),
         ("layer --out file/folder", "file/folder: Not a directory"),

@@ -138,7 +138,10 @@ def test_one_law_can_be_tried_alone(capsys: Capture):
             ["layers:number"],
             "target (layers:number): its call returned a int; it must return a torch.nn.Module",
         ),
-        (["layers:identity"], "width: layers:identity makes a Identity, which does not say the width of its"),
+        (
+            ["layers:identity"],
+            "--width: layers:identity makes a Identity, which does not say the width of its",
+        ),
         (["layers:identity", "--width", "0"], "--width (0) must be at least 1"),
         (
             ["sparsegate.evaluation.conformance.own:noisy_topk", "--width", "3"],

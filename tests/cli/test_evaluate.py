@@ -1,4 +1,5 @@
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 from sparsegate import load
-from sparsegate.cli import evaluate, evaluate_translation
+from sparsegate.cli import evaluate, evaluate_translation, progress
 from sparsegate.cli.main import main
 from sparsegate.data import Dataset
 from sparsegate.models.gates import ExpertChoiceGate
@@ -155,6 +156,19 @@ def test_what_is_refused_leaves_no_empty_folder_and_takes_none_away(
         assert main(["evaluate", "runs/en-fr", *words]) == 2
         assert "has no pair 'en-de'" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert main(["evaluate", "runs/dense", "--pair", "en-de"]) == 2
+    assert not Path("runs/dense/translations").exists()
+
+
+@pytest.mark.parametrize("run", ["runs/book", "runs/dense --greedy --sentences 2"])
+def test_a_long_evaluation_tells_how_far_it_is_where_there_is_no_terminal(
+    run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(progress, "_SECONDS", 0.0)
+    out = ["--out", str(tmp_path)] * ("greedy" in run)
+    assert main(["evaluate", *run.split(), *out, "--json"]) == 0
+    told = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"evaluating: ([\d,]+) of \1", told[-1])
 
 
 def test_a_run_is_compared_with_another_and_with_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

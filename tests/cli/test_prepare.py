@@ -2,12 +2,13 @@ import errno
 import gzip
 import hashlib
 import os
+import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-from sparsegate.cli import prepare
+from sparsegate.cli import prepare, progress
 from sparsegate.cli.main import main
 from sparsegate.data.dataset import Dataset
 from tests.data.making import billion_words, write
@@ -57,6 +58,17 @@ def test_it_is_quiet_where_no_one_watches_and_alike_for_any_number_of_workers(
     assert one == three
     vocabulary = Dataset.open(Path("1")).vocabulary.to_json()
     assert min(vocabulary["counts"][2:]) >= 2
+
+
+def test_it_tells_now_and_then_how_far_it_is_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(progress, "_SECONDS", 0.0)
+    assert main(["prepare", "book.txt", "--vocabulary", "bytes", "--output", "new"]) == 0
+    size = r"[\d.]+ (?:bytes|kB|MB|GB)"
+    told = capsys.readouterr().err.splitlines()
+    assert told
+    assert all(re.fullmatch(rf"reading: {size} of {size}, {size}/s", line) for line in told)
 
 
 def test_a_list_of_words_is_taken_over_where_it_has_the_size_asked_for(capsys: pytest.CaptureFixture[str]):

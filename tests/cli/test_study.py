@@ -86,7 +86,7 @@ def test_a_report_is_made_of_what_is_there(done: Path, capsys: Capture):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--batch-words", "128"], "batches.batch-words (128) is 64 in"),
+        (["--batch-words", "128"], "--batch-words (128) is 64 in"),
         (["--learning-rates", "1e-2", "2e-2"], "learning-rates (0.01 0.02) is 0.01 in"),
         (["--gates", "on-top"], "gates (on-top) is within in"),
         (["--dropout", "0.5"], "dropout (0.5) is 0.0 in"),

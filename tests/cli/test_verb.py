@@ -1,7 +1,7 @@
 """Options that are fields of a configuration."""
 
 import re
-from argparse import Namespace
+from argparse import BooleanOptionalAction, Namespace
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -54,6 +54,7 @@ def sow(parser: Parser) -> None:
     parser.add_argument("packet")
     parser.add_argument("--depth", type=int, dest="depth_cm")
     parser.add_argument("--seeds", type=int)
+    parser.add_argument("--is-deep", action=BooleanOptionalAction)
 
 
 SOW = Verb(example="sparsegate sow", add_arguments=sow, run=lambda args: 0)
@@ -161,12 +162,20 @@ def test_help_of_what_does_not_exist_is_an_error():
         ("seeds (0) must be at least 1", "--seeds (0) must be at least 1"),
         ("there are no seeds (at all)", "there are no seeds (at all)"),
         ("a packet of 3 with seeds (4)", "a packet of 3 with --seeds (4)"),
-        ("seeds: No such file", "seeds: No such file"),
         ("packet (x) is empty", "packet (x) is empty"),
+        ("seeds: none is left", "--seeds: none is left"),
+        ("sow (a).txt: No such file", "sow (a).txt: No such file"),
+        ("texts/seeds (2).txt: No such file", "texts/seeds (2).txt: No such file"),
+        ("there is no field 'depth_cm'", "there is no field 'depth_cm'"),
+        ("bed.json: depth_cm (3) is damaged", "bed.json: depth_cm (3) is damaged"),
+        ("its call raised ValueError: depth_cm (3)", "its call raised ValueError: depth_cm (3)"),
+        ("the user's depth_cm: not a bed", "the user's depth_cm: not a bed"),
+        ("every depth_cm, flat", "every --depth, flat"),
+        ("is_deep (3) is no depth", "--is-deep (3) is no depth"),
         ("a/depth_cm: No such file", "a/depth_cm: No such file"),
         ("depth_cm.txt: No such file", "depth_cm.txt: No such file"),
         ("bed.depth_cm (3), soil_depth_cm", "bed.depth_cm (3), soil_depth_cm"),
     ],
 )
 def test_messages_name_options_instead_of_arguments(of_the_library: str, told: str):
-    assert with_flags(of_the_library, SOW) == told
+    assert with_flags(of_the_library, SOW, ["the user's depth_cm", "--seeds", "3"]) == told

@@ -91,15 +91,15 @@ def run(args: Namespace, trained: TranslationRun) -> None:
 
 @contextmanager
 def _folder(path: Path) -> Iterator[None]:
-    """Makes the folder; one in which nothing was written in the end is not left behind."""
-    made = not path.exists()
+    """Makes the folder, and those above it; what is empty in the end is not left behind."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except BaseException:
-        if made:
-            with suppress(OSError):
-                path.rmdir()
+        with suppress(OSError):
+            for folder in made:
+                folder.rmdir()
         raise
 
 

@@ -72,9 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--debug" in words:
             traceback.print_exc()
         if _name(type(error)) != _TOLD_ELSEWHERE:
-            told = one_line(error)
-            told = with_flags(told, _verb(words[0])) if words[0] in VERBS else told
-            print(f"{where}: {told}", file=sys.stderr)
+            print(f"{where}: {one_line(error)}", file=sys.stderr)
         return code
 
 
@@ -124,13 +122,14 @@ def _run(name: str, words: Sequence[str]) -> int:
     if name not in VERBS:
         near = did_you_mean(name, VERBS) or "; see sparsegate --help"
         raise ValueError(f"{name}: no such verb{near}")
-    verb = _verb(name)
-    return verb.run(parse(verb, words, name=name, summary=VERBS[name]))
-
-
-def _verb(name: str) -> Verb:
     verb: Verb = import_module(f"sparsegate.cli.{name}").VERB
-    return verb
+    args = parse(verb, words, name=name, summary=VERBS[name])
+    try:
+        return verb.run(args)
+    except ValueError as error:
+        if type(error) is ValueError:
+            error.args = (with_flags(str(error), verb, words),)
+        raise
 
 
 def _overview() -> str:

@@ -55,10 +55,13 @@ def counted(activity: str) -> Iterator[Advance]:
 @contextmanager
 def read_bytes() -> Iterator[Advance]:
     """Of what is told how many bytes are read, and of how many."""
-    lines = NowAndThen()
+    lines, before = NowAndThen(), None
 
     def tell(done: int, total: int) -> None:
-        lines.tell(f"reading: {decimal(done)} of {decimal(total)}, {decimal(int(lines.rate(done)))}/s")
+        nonlocal before
+        before = done if before is None else before  # what an earlier process has read is not this one's rate
+        rate = decimal(int(lines.rate(done - before)))
+        lines.tell(f"reading: {decimal(done)} of {decimal(total)}, {rate}/s")
 
     with _shown("reading", [DownloadColumn(), TransferSpeedColumn()], tell) as advance:
         yield advance

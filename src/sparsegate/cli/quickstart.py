@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..decoding import Sampling
+from ..moe.precision import flushed_denormals
 from ..recipes.load import load, require_language
 from ..recipes.quickstart import FULL, SHORT, Row, compare, corpus, dense, mixture
 from .progress import read_bytes
@@ -31,6 +32,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--short", action="store_true", help="a minute of it, to see that everything works")
 
 
+@flushed_denormals()  # before torch starts its threads
 def run(args: Namespace) -> int:
     console = Console()
     size, folder = (SHORT, args.out / "short") if args.short else (FULL, args.out)

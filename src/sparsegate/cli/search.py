@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from ..moe.precision import flushed_denormals
 from ..recipes.registry import RECIPES
 from ..recipes.search import Trial, search
 from ..training.display import exp
@@ -36,6 +37,7 @@ def add_arguments(parser: Parser) -> None:
     parser.set_defaults(resume=False, short=False)
 
 
+@flushed_denormals()  # before torch starts its threads
 def run(args: Namespace) -> int:
     if not args.config.data:
         raise ValueError("--data: give the dataset to train on, a folder that `sparsegate prepare` made")

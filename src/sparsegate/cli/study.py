@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..data import Dataset
+from ..moe.precision import flushed_denormals
 from ..recipes.planner import plan
 from ..recipes.study.config import Study, open_folder, read_study
 from ..recipes.study.ladder import SCALES
@@ -109,6 +110,7 @@ def add_arguments(parser: Parser) -> None:
     )
 
 
+@flushed_denormals()  # before torch starts its threads
 def run(args: Namespace) -> int:
     console = Console(stderr=True)
     if args.report:

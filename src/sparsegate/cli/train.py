@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ..moe.precision import flushed_denormals
 from ..recipes.registry import RECIPES, recipe
 from ..training.config import RunConfig
 from ..training.loop import TrainResult, train
@@ -56,6 +57,7 @@ def config(args: Namespace) -> RunConfig | None:
     return quickstart_translation.short_config(args.name) if args.short else recipe(args.name)
 
 
+@flushed_denormals()  # before torch starts its threads
 def run(args: Namespace) -> int:
     folder, console = folder_of(args), Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
     config, is_quickstart = args.config, args.name == quickstart_translation.NAME

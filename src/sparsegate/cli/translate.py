@@ -100,7 +100,7 @@ def _windows(args: Namespace, size: int) -> Iterator[list[str]]:
 
 def _print(args: Namespace, number: int, line: str, translations: Sequence[Translation]) -> None:
     if args.json or args.attention:
-        found = [_as_json(translation) for translation in translations]
+        found = [_as_json(translation, attention=args.attention) for translation in translations]
         print(json.dumps({"source": line, "translations": found}, ensure_ascii=False))
     elif args.n_best is None:
         print(translations[0].text)
@@ -109,13 +109,13 @@ def _print(args: Namespace, number: int, line: str, translations: Sequence[Trans
             print(f"{number}\t{translation.score:.4f}\t{translation.text}")
 
 
-def _as_json(translation: Translation) -> dict[str, Any]:
+def _as_json(translation: Translation, *, attention: bool) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "text": translation.text,
         "score": translation.score,
         "logprob": translation.logprob,
     }
-    if translation.alignments:
+    if attention:
         fields["alignments"] = [
             {
                 "source": alignment.source,

@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..training.overrides import did_you_mean, options, paths_after, replace_by_path
@@ -117,15 +118,31 @@ class _Help(argparse.Action):
         parser.exit()
 
 
-_NAMES = re.compile(r"^\w+(?= \()|(?<![\w./-])(?:\w+(?= \(-?\d)|[a-z]+(?:_[a-z]+)+(?![\w./-]))")
+# `top_k (0) must` and `hold_out: ...` at the beginning; further on a name before its value, or with an
+# underscore. Not in paths, quotes, what another program said, or what a file holds.
+_VALUE = r"(?= \([^()]*\)(?:[\s,:;]|$))"
+_NAMES = re.compile(
+    rf"^\w+(?:{_VALUE}|(?=: ))|(?<![\w./'\"-])(?<!Error: )(?<!\.json: )"
+    rf"(?:\w+{_VALUE}(?= \((?:-?\d|'))|[a-z]+(?:_[a-z]+)+(?![\w./'\"-]))"
+)
 
 
-def with_flags(message: str, verb: Verb) -> str:
+def with_flags(message: str, verb: Verb, words: Sequence[str]) -> str:
     """A message of the library, with its arguments named as the verb's options are: `top_k (0) must be ...`
-    says `--top-k`. A name without an underscore may be any word, and counts before its value alone."""
-    actions = _parser(verb, name="", summary="")._actions
-    flags = {action.dest: action.option_strings[-1] for action in actions if action.option_strings}
-    return _NAMES.sub(lambda name: flags.get(name[0], name[0]), message)
+    says `--top-k`. words: of the command line; those of the user's own stay as they are."""
+    flags = {
+        action.dest: next(flag for flag in action.option_strings if flag.startswith("--"))
+        for action in _parser(verb, name="", summary="")._actions
+        if action.option_strings
+    }
+    own = {text for word in words for text in (word, str(Path(word))) if not word.startswith("-")}
+    theirs = [match.span() for word in own for match in re.finditer(re.escape(word), message)]
+
+    def flag(name: re.Match[str]) -> str:
+        is_theirs = any(start <= name.start() and name.end() <= end for start, end in theirs)
+        return name[0] if is_theirs else flags.get(name[0], name[0])
+
+    return _NAMES.sub(flag, message)
 
 
 def _split(argv: Sequence[str], flags: Container[str]) -> tuple[list[str], dict[str, str | None]]:

@@ -26,7 +26,7 @@ def byte_of(letter: str) -> int:
     return ord(letter) if ord(letter) < NUM_BYTES else _UNPRINTABLE[ord(letter) - NUM_BYTES]
 
 
-_UNPRINTABLE = [byte for byte in range(NUM_BYTES) if chr(byte) not in set(byte_alphabet())]
+_UNPRINTABLE = sorted({*range(NUM_BYTES)} - set(map(ord, byte_alphabet())))
 
 
 def piece_ids(merges: Sequence[tuple[str, str]]) -> dict[str, int]:

@@ -75,8 +75,9 @@ def taken_over(
 
     ValueError for options that do not fit, and if it has not `size` ids, where that is given.
     """
-    if kind is not None or min_count != 1:
-        raise ValueError("vocabulary_from brings kind and words; leave out vocabulary and min_count")
+    own = [f"vocabulary ({kind!r})"] * (kind is not None) + [f"min_count ({min_count})"] * (min_count != 1)
+    if own:
+        raise ValueError(f"vocabulary_from brings kind and words; leave out {' and '.join(own)}")
     if path.is_file():
         vocabulary: Vocabulary = read_word_list(path, normalization=TOKENIZED if tokenized else PLAIN)
     else:

@@ -72,15 +72,11 @@ class SharedSampling:
         max_positions: int,
         keep_attention: bool = False,
     ) -> list[list[Hypothesis]]:
-        """See `sample_translations`; one of each source."""
+        """See `sample_translations`; one of each source. ValueError for attention, which is not sent."""
+        if keep_attention:
+            raise ValueError("keep_attention: is for one process; several have it of their own shares alone")
         return self.sampling.translations(
-            model,
-            sources,
-            tokens=tokens,
-            numbers=numbers,
-            max_positions=max_positions,
-            keep_attention=keep_attention,
-            peers=self.peers,
+            model, sources, tokens=tokens, numbers=numbers, max_positions=max_positions, peers=self.peers
         )
 
 

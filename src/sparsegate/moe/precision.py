@@ -19,8 +19,9 @@ def autocast_off(device: torch.device) -> AbstractContextManager[object]:
 def flushed_denormals() -> Iterator[None]:
     """Numbers nearer to 0 than the smallest normal one count as 0, in this thread and those it starts.
 
-    In a matrix product they take a CPU fifty times as long where two in a hundred are such, and there are as
-    many in the gradients of a saturated sigmoid, and of eq. 9 where the noise is small.
+    Threads that torch had started before keep computing with them, and those it starts here never do. In a
+    matrix product they take a CPU fifty times as long where two in a hundred are such, and there are as many
+    in the gradients of a saturated sigmoid, and of eq. 9 where the noise is small.
     """
     before = sys.float_info.min / 2 == 0.0
     torch.set_flush_denormal(True)

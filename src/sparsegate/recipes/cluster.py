@@ -41,7 +41,7 @@ class Machine:
     def __post_init__(self) -> None:
         for name in ("devices", "memory", "flops", "memory_bandwidth", "bandwidth"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name.replace('_', '-')} ({getattr(self, name)}) must be above 0")
+                raise ValueError(f"{name} ({getattr(self, name)}) must be above 0")
         if not 0 < self.efficiency <= 1:
             raise ValueError(f"efficiency ({self.efficiency}) must be above 0 and at most 1")
 
@@ -103,9 +103,7 @@ def lay_out(
     """
     devices = machine.devices
     if devices % expert_copies:
-        raise ValueError(
-            f"training.expert-copies ({expert_copies:,}) must divide the number of devices ({devices:,})"
-        )
+        raise ValueError(f"training.expert-copies ({expert_copies:,}) must divide devices ({devices:,})")
     sharing = devices // expert_copies
     if devices > batch_tokens:
         raise ValueError(f"devices ({devices:,}) must not exceed the {batch_tokens:,} tokens of a batch")

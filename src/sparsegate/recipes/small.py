@@ -108,5 +108,5 @@ def small_4xlstm_256() -> RunConfig:
 
 
 def small_moe_32_256() -> RunConfig:
-    """moe-32 at width 256: four times the multiply-adds of small-moe-32."""
+    """moe-32 at width 256: about four times the multiply-adds of small-moe-32."""
     return _mixture("small-moe-32-256", 32, width=2 * WIDTH)

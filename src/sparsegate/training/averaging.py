@@ -36,8 +36,8 @@ def steps_to_average(run: Path, *, last: int | None, steps: Sequence[int]) -> li
         raise ValueError(f"{run}: has no checkpoint yet; train it for longer")
     if last is None and len(there) == 1:
         raise ValueError(
-            f"{run}: has one checkpoint alone, of step {there[0]}, and no mean of several; train with a "
-            "greater training.keep-checkpoints"
+            f"{run}: has one checkpoint alone, of step {there[0]}, and no mean of several; train it for "
+            "longer, or with a greater training.keep-checkpoints"
         )
     return there if last is None else there[-last:]
 

@@ -161,7 +161,7 @@ def test_the_best_learning_rate_of_a_short_training_is_taken(study: Study, tmp_p
 
 
 def test_rates_that_all_diverge_are_refused(study: Study, tmp_path: Path):
-    with pytest.raises(ValueError, match=r"learning-rates: small-moe-4 diverged with each of them"):
+    with pytest.raises(ValueError, match=r"learning_rates: small-moe-4 diverged with each of them"):
         run(replace(study, learning_rates=(1e30, 1e31)), tmp_path)
 
 

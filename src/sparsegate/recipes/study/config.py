@@ -54,15 +54,15 @@ class Study:
     def __post_init__(self) -> None:
         require(bool(self.models), "models", "none", "at least one")
         for name in ("models", "other_costs", "seeds", "words", "learning_rates", "expert_rates"):
-            _require_different(name.replace("_", "-"), getattr(self, name))
+            _require_different(name, getattr(self, name))
         require(min(self.words) > 0, "words", _shown(self.words), "above 0")
         require(list(self.words) == sorted(self.words), "words", _shown(self.words), "ascending")
         require(min(self.seeds) >= 0, "seeds", _shown(self.seeds), "at least 0")
-        require(min(self.learning_rates) > 0, "learning-rates", _shown(self.learning_rates), "above 0")
-        require(min(self.expert_rates) > 0, "expert-rates", _shown(self.expert_rates), "above 0")
-        require(self.search_words > 0, "search-words", self.search_words, "above 0")
+        require(min(self.learning_rates) > 0, "learning_rates", _shown(self.learning_rates), "above 0")
+        require(min(self.expert_rates) > 0, "expert_rates", _shown(self.expert_rates), "above 0")
+        require(self.search_words > 0, "search_words", self.search_words, "above 0")
         both = sorted({*self.models} & {*self.other_costs})
-        require(not both, "other-costs", ", ".join(both), "other models than those of --models")
+        require(not both, "other_costs", ", ".join(both), "other models than those that are compared")
 
     @property
     def defaults(self) -> Scale:
@@ -159,11 +159,10 @@ def _require_same(path: Path, study: Study) -> list[Json]:
 def _require_equal(name: str, before: Json, now: Json, path: Path) -> None:
     if isinstance(before, dict) and isinstance(now, dict):
         for key in now:
-            _require_equal(f"{name}.{key}", before.get(key), now[key], path)
+            _require_equal(key, before.get(key), now[key], path)
     elif before != now:
         raise ValueError(
-            f"{name.replace('_', '-')} ({_plain(now)}) is {_plain(before)} in {path}; "
-            "give the same, or another --out"
+            f"{name} ({_plain(now)}) is {_plain(before)} in {path}; give the same, or another --out"
         )
 
 

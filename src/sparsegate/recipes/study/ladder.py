@@ -106,7 +106,7 @@ def member(name: str, *, budget: int, gates: Gates) -> RunConfig:
     if not LEAST * budget <= ops <= most * budget:
         raise ValueError(
             f"models ({name}): does {ops:,} multiply-adds for each word, and the comparison is at {budget:,} "
-            f"({LEAST:.0%} to {most:.0%} of it); give it with --other-costs, or leave it out"
+            f"({LEAST:.0%} to {most:.0%} of it); give it with other_costs, or leave it out"
         )
     return config
 

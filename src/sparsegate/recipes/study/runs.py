@@ -92,7 +92,7 @@ class Runner:
             shutil.rmtree(trial)
         trials = {rates: nll for rates, nll in _trials(where).items() if nll is not None}
         if not trials:
-            raise ValueError(f"learning-rates: {config.name} diverged with each of them; give lower ones")
+            raise ValueError(f"learning_rates: {config.name} diverged with each of them; give lower ones")
         return min(trials, key=lambda rates: trials[rates])
 
     def _train(self, config: RunConfig, dataset: Dataset) -> None:
