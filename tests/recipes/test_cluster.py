@@ -177,7 +177,7 @@ def test_copies_of_the_experts_are_models_beside_each_other_that_add_up_their_gr
     of_experts = 64 * 2 * 512 * 1024 * 4
     assert four.all_reduce_bytes == round(2 * 15 / 16 * 4 * one.copied_parameters)
     assert (one.copies_bytes, four.copies_bytes) == (0, 2 * 3 * of_experts // 4)
-    with pytest.raises(ValueError, match=r"training\.expert-copies \(3\) must divide the number of devices"):
+    with pytest.raises(ValueError, match=r"training\.expert-copies \(3\) must divide devices"):
         laid("moe-256", Machine(devices=16), expert_copies=3)
 
 
