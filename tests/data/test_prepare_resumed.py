@@ -85,7 +85,8 @@ def test_what_is_killed_again_and_again_ends_as_what_is_not(
     while killed < kills:
         folder = tmp_path / str(jobs)
         options = many_parts(folder / "dataset", text, "words", workers=workers)
-        while not ended(options, choose.uniform(0.05, 0.4 + 0.3 * workers)):
+        # Longer and longer, or on a busy machine no child would ever end.
+        while not ended(options, choose.uniform(0.05, (0.4 + 0.3 * workers) * (1 + killed / kills))):
             killed += 1
             kept += len(pieces(folder))
         jobs += 1

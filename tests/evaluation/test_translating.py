@@ -109,7 +109,7 @@ def test_the_language_to_translate_into_follows_from_what_is_given(run, to, sour
     [
         (None, None, "was trained for en-fr, fr-en; give --to with one of en, fr"),
         ("de", None, r"^to \(de\): not a language of .*, which has en, fr"),
-        (None, "xx", r"^from \(xx\): not a language of"),
+        (None, "xx", r"^source \(xx\): not a language of"),
         ("en", "en", "was not trained for that pair, but for en-fr, fr-en"),
     ],
 )
