@@ -2,6 +2,7 @@
 
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
 from sparsegate.moe.dispatch import plan_rows
-from sparsegate.moe.kernels import reference, threaded, unfused
+from sparsegate.moe.kernels import reference, row_by_row, threaded, unfused
 from sparsegate.moe.kernels.activations import ACTIVATIONS
 from sparsegate.moe.kernels.grouped import grouped_product
 from sparsegate.moe.kernels.grouped_mm import grouped_mm_product
@@ -18,8 +19,16 @@ from tests.helpers.derivatives import assert_derivatives, off_by_a_factor
 from tests.helpers.moe_cases import a_gate, a_routing
 from tests.helpers.tolerances import TOLERANCES, assert_close
 
+
+def expert_by_expert(*args: Any, **options: Any) -> Tensor:
+    """As the threaded kernel computes experts of many rows."""
+    with patch.object(row_by_row, "suits", return_value=False):
+        return threaded.feed_forward(*args, **options)
+
+
 KERNELS = {
     "threaded": threaded.feed_forward,
+    "expert by expert": expert_by_expert,
     "grouped_mm": partial(unfused.feed_forward, product=grouped_mm_product),
     "loop": partial(unfused.feed_forward, product=grouped_product),
 }

@@ -6,6 +6,7 @@ was first nor on chance.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,11 +15,14 @@ from torch import Tensor
 
 from ..dispatch import Plan
 from ..precision import autocast_off
+from . import row_by_row
 from .activations import ACTIVATIONS
 from .groups import Group, for_each, groups_of
 from .memory import recycled_empty
 from .products import multiply, product
 from .workers import Scratch
+
+Product = Callable[[Tensor], Tensor]
 
 
 class Rows(NamedTuple):
@@ -53,23 +57,34 @@ def forward(
     kept_NS = recycled_empty(num_rows if keep else 0, w_in_EDS.shape[2], dtype=dtype)
     rows_ND = recycled_empty(num_rows, x_TD.shape[1], dtype=torch.promote_types(dtype, weight_N.dtype))
 
-    scratch = Scratch()
-
-    def compute(group: Group) -> None:
-        expert, rows = group
-        w_in_DS = scratch.cast("in", w_in_EDS[expert], dtype)
-        w_out_HD = scratch.cast("out", w_out_EHD[expert], dtype)
-        in_NS = product(x_TD.index_select(0, plan.token_N[rows]).to(dtype), w_in_DS)
+    def compute(rows: slice, times_in: Product, times_out: Product) -> None:
+        in_NS = times_in(x_TD.index_select(0, plan.token_N[rows]).to(dtype))
         if keep:
             act.keep(in_NS, out=kept_NS[rows])
             hidden_NH = act.hidden(kept_NS[rows])
         else:
             hidden_NH = act(in_NS)
-        torch.mul(product(hidden_NH, w_out_HD), weight_N1[rows], out=rows_ND[rows])
+        torch.mul(times_out(hidden_NH), weight_N1[rows], out=rows_ND[rows])
+
+    scratch = Scratch()
+
+    def compute_expert(group: Group) -> None:
+        expert, rows = group
+        w_in_DS = scratch.cast("in", w_in_EDS[expert], dtype)
+        w_out_HD = scratch.cast("out", w_out_EHD[expert], dtype)
+        compute(rows, partial(product, right_DH=w_in_DS), partial(product, right_DH=w_out_HD))
 
     with autocast_off(x_TD.device), torch.no_grad():
-        for_each(compute, groups_of(plan.end_E))
         num_used = int(plan.end_E[-1])
+        expert_N = torch.searchsorted(plan.end_E, torch.arange(num_used, device=x_TD.device), right=True)
+        num_experts = int(expert_N.diff().count_nonzero()) + 1
+        if all(row_by_row.suits(num_used, num_experts, w, dtype) for w in (w_in_EDS, w_out_EHD)):
+            times_in, times_out = (
+                partial(row_by_row.products, weight_EDH=w, expert_N=expert_N) for w in (w_in_EDS, w_out_EHD)
+            )
+            compute(slice(num_used), times_in, times_out)
+        else:
+            for_each(compute_expert, groups_of(plan.end_E))
         rows_ND[num_used:].zero_()
         kept_NS[num_used:].zero_()
         return _sum_of_pairs(rows_ND, plan).to(x_TD.dtype), kept_NS
