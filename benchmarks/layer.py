@@ -21,6 +21,7 @@ PICTURE = Path(__file__).parent.parent / "docs/images/layer.svg"
 def main() -> int:
     args = _arguments()
     common = ["--out", str(RESULTS), "--threads", str(args.threads), "--repeats", str(args.repeats)]
+    common += [] if args.davidmrau is None else ["--davidmrau", str(args.davidmrau)]
     for sweep in [] if args.redraw else ["layer", "tokens", "small-batch"]:
         code = sparsegate(["bench", sweep, *common])
         if code:
@@ -37,6 +38,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--redraw", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--davidmrau", type=Path, help="moe.py of davidmrau/mixture-of-experts")
     return parser.parse_args()
 
 

@@ -228,6 +228,8 @@ def _davidmrau(request: Request) -> Iterator[Contestant | Absent]:
         yield Absent("davidmrau", "one file on GitHub: give its path with --davidmrau")
         return
     module = _load(file).MoE(shape.width, shape.width, shape.experts, shape.hidden, k=shape.k)
+    # It starts at zero, where without noise all tokens go to the same k experts, which is less to read.
+    nn.init.normal_(module.w_gate, std=shape.width**-0.5)
     module = module.to(DTYPES[shape.dtype]).train(request.training)
     yield Contestant(
         name="davidmrau",

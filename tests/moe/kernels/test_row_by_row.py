@@ -32,20 +32,22 @@ def test_each_row_is_multiplied_by_its_expert(dtype, expert, width, hidden):
 
 
 @pytest.mark.parametrize(
-    ("rows", "matrix", "is_chosen"),
+    ("rows", "matrix", "dtype", "is_chosen"),
     [
-        (0, (512, 1024), False),
-        (4, (512, 1024), True),
-        (6, (512, 1024), False),
-        (16, (128, 128), True),
-        (17, (128, 128), False),
-        (1, (1024, 4096), False),
+        (0, (512, 1024), torch.float32, False),
+        (4, (512, 1024), torch.float32, True),
+        (5, (512, 1024), torch.float32, False),
+        (5, (512, 1024), torch.bfloat16, True),
+        (16, (128, 128), torch.float32, True),
+        (17, (128, 128), torch.float32, False),
+        (1, (1024, 4096), torch.float32, False),
+        (1, (1024, 4096), torch.bfloat16, True),
     ],
 )
 @pytest.mark.parametrize("num_used", [1, 3])
-def test_few_rows_of_small_matrices_are_chosen(rows, matrix, is_chosen, num_used):
-    weight_EDH = torch.empty(4, *matrix)
-    assert row_by_row.suits(rows * num_used, num_used, weight_EDH, torch.float32) == is_chosen
+def test_few_rows_of_small_matrices_are_chosen(rows, matrix, dtype, is_chosen, num_used):
+    weight_EDH = torch.empty(4, *matrix, dtype=dtype)
+    assert row_by_row.suits(rows * num_used, num_used, weight_EDH, dtype) == is_chosen
 
 
 @pytest.mark.parametrize(

@@ -9,17 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Up to so many rows for each expert, and so many numbers in its rows times its matrix, it was the faster way
-# (`benchmarks/few_rows.py`). Beyond, a product is: it reads the matrix once for all rows.
+# Up to so many rows for each expert, and so many bytes in rows times the expert's matrix, it was the faster
+# way (`benchmarks/few_rows.py`). Beyond, a product is: it reads the matrix once for all rows.
 _MOST_ROWS = 16
-_MOST_ROWS_TIMES_NUMBERS = 5 * 512 * 1024
+_MOST_ROWS_TIMES_BYTES = 9 << 20
 
 
 def suits(num_rows: int, num_used: int, weight_EDH: Tensor, dtype: torch.dtype) -> bool:
     """Whether it is the faster way for so many rows of so many experts. dtype: of the products."""
     return (
         0 < num_rows <= _MOST_ROWS * num_used
-        and 0 < num_rows * weight_EDH[0].numel() <= _MOST_ROWS_TIMES_NUMBERS * num_used
+        and 0 < num_rows * weight_EDH[0].nbytes <= _MOST_ROWS_TIMES_BYTES * num_used
         and weight_EDH.dtype == dtype
         and dtype in (torch.float32, torch.bfloat16)
         and weight_EDH.is_contiguous()
