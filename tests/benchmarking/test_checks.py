@@ -1,10 +1,11 @@
 """What is right passes, and each fault that is planted is found."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsegate.benchmarking.checks import WrongResult, check, check_layer
 from sparsegate.benchmarking.contestants import own
@@ -73,6 +74,22 @@ def test_a_wrong_layer_is_found(message: str, shape: Shape, moe: MoE, batch: Bat
         return
     with pytest.raises(WrongResult, match=message if "finite" not in message else "none, or zero|not finite"):
         check(replace(right, forward=wrong), batch, training=True)
+
+
+def test_hidden_units_that_rounding_decides_are_not_compared(shape: Shape, moe: MoE, batch: Batch):
+    with torch.no_grad():
+        moe.experts.w_in[:, :, 1] = 0
+
+    def doubled(unit: int) -> Callable[[Tensor], Tensor]:
+        factor_H = torch.ones(shape.hidden).index_fill(0, torch.tensor([unit]), 2)
+        return lambda grad: grad * factor_H[:, None] + (factor_H - 1)[:, None]
+
+    hook = moe.experts.w_out.register_hook(doubled(1))
+    check(own_experts(shape, moe), batch, training=True)
+    hook.remove()
+    moe.experts.w_out.register_hook(doubled(0))
+    with pytest.raises(WrongResult, match="gradient of w_out"):
+        check(own_experts(shape, moe), batch, training=True)
 
 
 def test_a_parameter_without_gradient_is_found(shape: Shape, moe: MoE, batch: Batch):

@@ -11,6 +11,7 @@ from ..moe.losses import importance_loss, load_loss
 from .layer import Batch, Contestant, Weights, own_weights, release, train_step
 
 NUM_TOKENS = 8  # whose outputs and gradients are compared
+NEXT_TO_ZERO = 1e-5  # beside inputs of a hidden unit that are about 1, and their rounding of about 1e-7
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # norm of the difference over norm of the expected
 
 
@@ -86,7 +87,11 @@ def _check_gate(moe: MoE, x_TD: Tensor, grad_TD: Tensor) -> None:
 
 
 def _check_weight_gradients(batch: Batch, weights: Weights) -> None:
-    """All weights of the first and the last expert in use, over all of their tokens."""
+    """The weights of the first and the last expert in use, over all of their tokens.
+
+    Without the hidden units that are next to 0 for some token: to which side rounding takes them decides
+    whether that token counts, and is nobody's mistake.
+    """
     routing = batch.routing
     used = routing.expert_N.unique()
     for expert in {int(used[0]), int(used[-1])}:
@@ -94,15 +99,17 @@ def _check_weight_gradients(batch: Batch, weights: Weights) -> None:
         x_RD, grad_RD = (t_TD.detach()[routing.token_N[pairs]].float() for t_TD in batch[:2])
         w_in_DH = weights.w_in_EDH[expert].to(torch.float32, copy=True).requires_grad_()
         w_out_HD = weights.w_out_EHD[expert].to(torch.float32, copy=True).requires_grad_()
-        y_RD = (x_RD @ w_in_DH).relu() @ w_out_HD
+        in_RH = x_RD @ w_in_DH
+        y_RD = in_RH.relu() @ w_out_HD
         y_RD.backward(routing.weight_N.detach()[pairs, None] * grad_RD)
-        for name, grad, plain in (
-            ("w_in", weights.grad_in_EDH, w_in_DH),
-            ("w_out", weights.grad_out_EHD, w_out_HD),
+        is_clear_H = (in_RH.abs() > NEXT_TO_ZERO).all(dim=0)
+        for name, grad, plain, units in (
+            ("w_in", weights.grad_in_EDH, w_in_DH, (slice(None), is_clear_H)),
+            ("w_out", weights.grad_out_EHD, w_out_HD, (is_clear_H,)),
         ):
             if grad is None:
                 raise WrongResult(f"{name} has no gradient")
-            _compare(f"gradient of {name} of expert {expert}", grad[expert], _grad(plain))
+            _compare(f"gradient of {name} of expert {expert}", grad[expert][units], _grad(plain)[units])
 
 
 class _Plain(NamedTuple):
