@@ -81,7 +81,9 @@ def test_hidden_units_that_rounding_decides_are_not_compared(shape: Shape, moe: 
         moe.experts.w_in[:, :, 1] = 0
 
     def doubled(unit: int) -> Callable[[Tensor], Tensor]:
-        factor_H = torch.ones(shape.hidden).index_fill(0, torch.tensor([unit]), 2)
+        factor_H = torch.ones(shape.hidden, dtype=moe.experts.w_out.dtype).index_fill(
+            0, torch.tensor([unit]), 2
+        )
         return lambda grad: grad * factor_H[:, None] + (factor_H - 1)[:, None]
 
     hook = moe.experts.w_out.register_hook(doubled(1))
