@@ -130,13 +130,14 @@ def _draw_limits(axes: Axes, results: Results) -> None:
 
 
 def _write_above(axes: Axes, text: str, y: float) -> None:
-    """A note on a horizontal line."""
+    """A note on a horizontal line, on the right, where fewer lines pass."""
     axes.annotate(
         text,
-        (0.02, y),
+        (1, y),
         xycoords=axes.get_yaxis_transform(),
         xytext=(0, 3),
         textcoords="offset points",
+        ha="right",
         fontsize=8.5,
         color=INK,
     )
@@ -161,25 +162,27 @@ def _scale(axes: Axes, results: Results, xs: Sequence[float]) -> None:
 
 
 def _label(axes: Axes, lines: Sequence[Line]) -> None:
-    """Each line's name at its right end, moved apart where they would cover each other."""
+    """Each line's name at its right end, moved apart where they would cover each other.
+
+    Names are longer than the steps from one end to the next, so that all of them share the height.
+    """
     top = axes.get_ylim()[1]
-    for x in {line.xs[-1] for line in lines}:
-        ending = sorted((line for line in lines if line.xs[-1] == x), key=lambda line: line.ys[-1])
-        heights = spread([line.ys[-1] / top for line in ending], gap=LABEL_GAP)
-        for line, height in zip(ending, heights, strict=True):
-            axes.annotate(
-                line.name,
-                (x, height * top),
-                xytext=(8, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=9,
-                color=line.color,
-                fontweight="bold" if line.color == OURS else "normal",
-                annotation_clip=False,
-                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.6},
-                zorder=5,
-            )
+    ordered = sorted(lines, key=lambda line: line.ys[-1])
+    heights = spread([line.ys[-1] / top for line in ordered], gap=LABEL_GAP)
+    for line, height in zip(ordered, heights, strict=True):
+        axes.annotate(
+            line.name,
+            (line.xs[-1], height * top),
+            xytext=(8, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            color=line.color,
+            fontweight="bold" if line.color == OURS else "normal",
+            annotation_clip=False,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.6},
+            zorder=5,
+        )
 
 
 def spread(heights: Sequence[float], *, gap: float) -> list[float]:
