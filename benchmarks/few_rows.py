@@ -1,4 +1,4 @@
-"""Experts of few rows on the CPU: all rows in one call against one product after the other.
+"""Experts of few rows on the CPU: all rows in one call against a product for each expert, side by side.
 
     python -m benchmarks.few_rows
 
@@ -63,13 +63,17 @@ def measure(
         dtype=dtype,
         keep=False,
     )
-    ways = {"expert by expert": _by(False, forward), "row by row": _by(True, forward)}
+    ways = {
+        "expert by expert": _way(forward, is_row_by_row=False),
+        "row by row": _way(forward, is_row_by_row=True),
+    }
     by_expert_TD, by_row_TD = (way().float() for way in ways.values())
     torch.testing.assert_close(by_row_TD, by_expert_TD, rtol=0, atol=1e-4 if dtype.itemsize == 4 else 0.1)
     buffer = torch.ones(LARGER_THAN_CACHES // 4)
     times = seconds(ways, repeats=args.repeats, before=lambda: buffer.add_(1.0))
     weights_gb = num_experts * 2 * width * hidden * dtype.itemsize / 1e9
-    is_chosen = all(row_by_row.suits(len(x_TD), num_experts, w, dtype) for w in (w_in_EDH, w_out_EHD))
+    count_E = torch.full((num_experts,), num_rows)
+    is_chosen = row_by_row.suits(count_E, (w_in_EDH, w_out_EHD), dtype)
     return {
         "width": width,
         "hidden": hidden,
@@ -81,9 +85,9 @@ def measure(
     }
 
 
-def _by(rows: bool, forward: Callable[[], tuple[Tensor, Tensor]]) -> Callable[[], Tensor]:
+def _way(forward: Callable[[], tuple[Tensor, Tensor]], *, is_row_by_row: bool) -> Callable[[], Tensor]:
     def way() -> Tensor:
-        with patch.object(row_by_row, "suits", lambda *args: rows):
+        with patch.object(row_by_row, "suits", return_value=is_row_by_row):
             return forward()[0]
 
     return way

@@ -228,7 +228,6 @@ def _davidmrau(request: Request) -> Iterator[Contestant | Absent]:
         yield Absent("davidmrau", "one file on GitHub: give its path with --davidmrau")
         return
     module = _load(file).MoE(shape.width, shape.width, shape.experts, shape.hidden, k=shape.k)
-    # It starts at zero, where without noise all tokens go to the same k experts, which is less to read.
     nn.init.normal_(module.w_gate, std=shape.width**-0.5)
     module = module.to(DTYPES[shape.dtype]).train(request.training)
     yield Contestant(
@@ -236,7 +235,7 @@ def _davidmrau(request: Request) -> Iterator[Contestant | Absent]:
         kind="layer",
         note=(
             "noisy top-k gate, importance and load loss; no token dropped; experts have biases, and end in a "
-            "softmax"
+            "softmax; its gate is drawn here, as with its zeros all tokens without noise share k experts"
         ),
         forward=lambda x_TD, _: module(x_TD),
         parameters=list(module.parameters()),

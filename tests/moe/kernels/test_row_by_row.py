@@ -12,19 +12,26 @@ from sparsegate.moe.kernels import expert_by_expert, row_by_row
 from tests.helpers.moe_cases import a_routing
 from tests.helpers.tolerances import assert_close
 
-DTYPES = [torch.float32, torch.bfloat16]
+FLOAT, HALF = torch.float32, torch.bfloat16
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.fixture(params=["AVX2", "AVX512"], autouse=True)
+def capability(request):
+    """Of whatever processor runs the tests: the kernel's plain form computes the same."""
+    with patch.object(torch.backends.cpu, "get_cpu_capability", return_value=request.param) as found:
+        yield found
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, HALF])
 @given(
     expert=st.lists(st.integers(0, 6), min_size=1, max_size=12),
-    width=st.integers(1, 70),
-    hidden=st.integers(1, 70),
+    num_inputs=st.integers(1, 70),
+    num_outputs=st.integers(1, 70),
 )
-def test_each_row_is_multiplied_by_its_expert(dtype, expert, width, hidden):
+def test_each_row_is_multiplied_by_its_expert(dtype, expert, num_inputs, num_outputs):
     expert_N = torch.tensor(sorted(expert))
-    rows_ND = torch.randn(len(expert), width).to(dtype)
-    weight_EDH = (torch.randn(7, width, hidden) / width**0.5).to(dtype)
+    rows_ND = torch.randn(len(expert), num_inputs).to(dtype)
+    weight_EDH = (torch.randn(7, num_inputs, num_outputs) / num_inputs**0.5).to(dtype)
     found_NH = row_by_row.products(rows_ND, weight_EDH, expert_N)
     exact_NH = torch.einsum("nd,ndh->nh", rows_ND.double(), weight_EDH[expert_N].double())
     assert found_NH.dtype == dtype
@@ -32,61 +39,76 @@ def test_each_row_is_multiplied_by_its_expert(dtype, expert, width, hidden):
 
 
 @pytest.mark.parametrize(
-    ("rows", "matrix", "dtype", "is_chosen"),
+    ("counts", "matrix", "dtype", "is_chosen"),
     [
-        (0, (512, 1024), torch.float32, False),
-        (4, (512, 1024), torch.float32, True),
-        (5, (512, 1024), torch.float32, False),
-        (5, (512, 1024), torch.bfloat16, True),
-        (16, (128, 128), torch.float32, True),
-        (17, (128, 128), torch.float32, False),
-        (1, (1024, 4096), torch.float32, False),
-        (1, (1024, 4096), torch.bfloat16, True),
+        ([0, 0], (8, 8), FLOAT, False),
+        ([4, 0], (512, 1024), FLOAT, True),
+        ([4, 4], (512, 1024), FLOAT, True),
+        ([5, 0], (512, 1024), FLOAT, False),
+        ([5, 4], (512, 1024), FLOAT, True),
+        ([5, 0], (512, 1024), HALF, True),
+        ([12, 12], (128, 128), FLOAT, True),
+        ([13, 12], (128, 128), FLOAT, False),
+        ([0, 1], (1024, 4096), FLOAT, False),
+        ([0, 1], (1024, 4096), HALF, True),
+        ([7, 1, 1, 1], (128, 128), FLOAT, True),
+        ([40, 1, 1, 1, 1, 1, 1, 1], (128, 128), FLOAT, False),
     ],
 )
-@pytest.mark.parametrize("num_used", [1, 3])
-def test_few_rows_of_small_matrices_are_chosen(rows, matrix, dtype, is_chosen, num_used):
-    weight_EDH = torch.empty(4, *matrix, dtype=dtype)
-    assert row_by_row.suits(rows * num_used, num_used, weight_EDH, dtype) == is_chosen
+def test_experts_of_few_rows_are_chosen(counts, matrix, dtype, is_chosen):
+    weights = torch.empty(len(counts), *matrix, dtype=dtype), torch.empty(len(counts), 4, 4, dtype=dtype)
+    assert row_by_row.suits(torch.tensor(counts), weights, dtype) == is_chosen
+    assert row_by_row.suits(torch.tensor(counts), weights[::-1], dtype) == is_chosen
 
 
 @pytest.mark.parametrize(
     ("weight_EDH", "dtype"),
     [
         (torch.empty(2, 8, 4, dtype=torch.float64), torch.float64),
-        (torch.empty(2, 8, 4), torch.bfloat16),
-        (torch.empty(2, 4, 8).transpose(1, 2), torch.float32),
-        (torch.empty(2, 0, 4), torch.float32),
+        (torch.empty(2, 8, 4), HALF),
+        (torch.empty(2, 4, 8).transpose(1, 2), FLOAT),
+        (torch.empty(2, 0, 4), FLOAT),
     ],
     ids=["float64", "to be cast", "transposed", "empty"],
 )
 def test_what_it_cannot_do_is_not_chosen(weight_EDH, dtype):
-    assert not row_by_row.suits(2, 1, weight_EDH, dtype)
+    right = torch.empty(2, 8, 4, dtype=dtype)
+    count_E = torch.tensor([1, 1])
+    assert row_by_row.suits(count_E, [torch.empty(2, 8, 4)], FLOAT)
+    assert not row_by_row.suits(count_E, [weight_EDH], dtype)
+    assert not row_by_row.suits(count_E, [right, weight_EDH], dtype)
 
 
-@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
-def test_a_layer_goes_row_by_row_where_rows_are_few(capability):
-    few, many = (
-        a_routing(torch.zeros(n, 1, dtype=torch.int64), torch.rand(n, 1), num_experts=2) for n in (2, 40)
-    )
+def test_no_other_processor_is_asked_to(capability):
+    capability.return_value = "DEFAULT"
+    assert not row_by_row.suits(torch.tensor([1, 1]), [torch.empty(2, 8, 4)], FLOAT)
+
+
+@given(num_rows=st.integers(0, 40), widths=st.lists(st.integers(1, 9), min_size=1, max_size=3))
+def test_rows_are_taken_in_turn_and_all_of_them(num_rows, widths):
+    with patch.object(row_by_row, "_NUMBERS_AT_ONCE", 12):
+        slices = list(row_by_row.in_turn(num_rows, *widths))
+    assert [row for rows in slices for row in range(num_rows)[rows]] == list(range(num_rows))
+    assert all((rows.stop - rows.start) * max(widths) <= 12 for rows in slices)
+
+
+@pytest.mark.parametrize(("num_rows", "num_calls"), [(2, 2), (9, 4), (40, 0)])
+def test_a_layer_goes_row_by_row_where_rows_are_few(num_rows, num_calls):
+    routing = a_routing(torch.zeros(num_rows, 1, dtype=torch.int64), torch.rand(num_rows, 1), num_experts=2)
     with (
         patch.object(row_by_row, "products", wraps=row_by_row.products) as products,
-        patch.object(torch.backends.cpu, "get_cpu_capability", return_value=capability),
+        patch.object(row_by_row, "_NUMBERS_AT_ONCE", 16 * 5),
     ):
-        for routing, calls in ((few, 2), (many, 2)):
-            expert_by_expert.forward(
-                torch.randn(len(routing.pairs_T), 8),
-                torch.randn(2, 8, 16),
-                torch.randn(2, 16, 8),
-                routing.weight_N,
-                plan_rows(routing),
-                activation="relu",
-                dtype=torch.float32,
-                keep=False,
-            )
-            assert products.call_count == calls
-
-
-def test_no_other_processor_is_asked_to():
-    with patch.object(torch.backends.cpu, "get_cpu_capability", return_value="DEFAULT"):
-        assert not row_by_row.suits(2, 1, torch.empty(2, 8, 4), torch.float32)
+        y_TD, _ = expert_by_expert.forward(
+            x_TD := torch.randn(num_rows, 8),
+            w_in_EDH := torch.randn(2, 8, 16),
+            w_out_EHD := torch.randn(2, 16, 8),
+            routing.weight_N,
+            plan_rows(routing),
+            activation="relu",
+            dtype=FLOAT,
+            keep=False,
+        )
+    assert products.call_count == num_calls
+    expected_TD = (x_TD @ w_in_EDH[0]).relu() @ w_out_EHD[0] * routing.weight_N[:, None]
+    assert_close(y_TD, expected_TD.double(), dtype=FLOAT, scale=30)

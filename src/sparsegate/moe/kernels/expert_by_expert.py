@@ -2,7 +2,7 @@
 
 An expert's rows are gathered, multiplied, activated and multiplied again while they are in the cache. What a
 token's experts return is summed in the order of its pairs, so that the result depends neither on which thread
-was first nor on chance.
+was first nor on chance. Forward, experts of few rows are taken together (`row_by_row.py`).
 """
 
 from collections.abc import Callable
@@ -76,13 +76,15 @@ def forward(
 
     with autocast_off(x_TD.device), torch.no_grad():
         num_used = int(plan.end_E[-1])
-        expert_N = torch.searchsorted(plan.end_E, torch.arange(num_used, device=x_TD.device), right=True)
-        num_experts = int(expert_N.diff().count_nonzero()) + 1
-        if all(row_by_row.suits(num_used, num_experts, w, dtype) for w in (w_in_EDS, w_out_EHD)):
-            times_in, times_out = (
-                partial(row_by_row.products, weight_EDH=w, expert_N=expert_N) for w in (w_in_EDS, w_out_EHD)
-            )
-            compute(slice(num_used), times_in, times_out)
+        count_E = plan.end_E.diff(prepend=plan.end_E.new_zeros(1))
+        if row_by_row.suits(count_E, (w_in_EDS, w_out_EHD), dtype):
+            expert_N = torch.searchsorted(plan.end_E, torch.arange(num_used, device=x_TD.device), right=True)
+            for rows in row_by_row.in_turn(num_used, *w_in_EDS.shape[1:]):
+                times_in, times_out = (
+                    partial(row_by_row.products, weight_EDH=weight, expert_N=expert_N[rows])
+                    for weight in (w_in_EDS, w_out_EHD)
+                )
+                compute(rows, times_in, times_out)
         else:
             for_each(compute_expert, groups_of(plan.end_E))
         rows_ND[num_used:].zero_()
