@@ -1,4 +1,4 @@
-"""Experts of few rows on the CPU: all rows in one call against a product for each expert, side by side.
+"""Experts of few rows on the CPU: many experts in one call against a product for each, side by side.
 
     python -m benchmarks.few_rows
 

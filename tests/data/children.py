@@ -6,12 +6,15 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from ctypes import CDLL
 from pathlib import Path
 from typing import Any
 
 from sparsegate.data import TextOptions, prepare, spans
 from sparsegate.data.normalization import PLAIN
 
+_M_ARENA_MAX = -8  # of malloc.h
 _context = multiprocessing.get_context("forkserver")
 Options = dict[str, Any]
 PLAIN.words("")  # its expression takes half a second to compile, once for all children
@@ -64,6 +67,10 @@ def die_at_change(at_change: int) -> None:
 
 def peak_memory(options: Options) -> int:
     """The most memory, in bytes, that the process has held when the dataset is made of small reads."""
+    with suppress(AttributeError):  # a C library without it
+        CDLL(None).mallopt(
+            _M_ARENA_MAX, 1
+        )  # of its arenas as many as there are threads would be a matter of luck
     spans.READ_BYTES = 1 << 15
     prepare(**options)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

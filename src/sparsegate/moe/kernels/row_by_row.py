@@ -17,7 +17,7 @@ from torch import Tensor
 _MOST_ROWS = 12
 _MOST_ROWS_TIMES_BYTES = 9 << 20
 _MOST_OVER_MEAN = 4
-# Of an index for each number of each row, twice that of the rows themselves.
+# Indices made at a time, eight bytes each: one for each number of each row.
 _NUMBERS_AT_ONCE = 1 << 22
 
 
