@@ -68,9 +68,7 @@ def die_at_change(at_change: int) -> None:
 def peak_memory(options: Options) -> int:
     """The most memory, in bytes, that the process has held when the dataset is made of small reads."""
     with suppress(AttributeError):  # a C library without it
-        CDLL(None).mallopt(
-            _M_ARENA_MAX, 1
-        )  # of its arenas as many as there are threads would be a matter of luck
+        CDLL(None).mallopt(_M_ARENA_MAX, 1)  # with several, how much they hold is a matter of luck
     spans.READ_BYTES = 1 << 15
     prepare(**options)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
