@@ -17,7 +17,6 @@ from sparsegate import (
     load_loss,
     threshold_loss,
 )
-from sparsegate.moe.dispatch import dispatch, plan_rows
 from sparsegate.moe.gating.noisy_topk import NoisyTopK
 from tests.helpers import moe_oracle as oracle
 from tests.helpers.moe_cases import dense, gradients
@@ -103,20 +102,6 @@ def test_gates_importance_and_load_are_eq_12_13_and_14_in_value_and_gradient(k_p
     theirs = (gates_TE**2).sum() + (torch.stack([importance_E, load_E]) * cotangents).sum()
     for our_gradient, their_gradient in zip(gradients(ours, *of), gradients(theirs, *of), strict=True):
         assert_close(our_gradient, their_gradient)
-
-
-def test_the_logits_of_the_groups_are_products_with_both_matrices():
-    gate = a_hierarchy(k_primary=2, k_secondary=1)
-    x_TD = torch.randn(7, gate.primary.w_gate.shape[0], dtype=torch.float64)
-    groups = gate.primary(x_TD)
-    plan = plan_rows(groups)
-    group_N = groups.expert_N[plan.order_N]
-    logits_NS = gate.secondary._logits(dispatch(x_TD, plan), plan)
-    expected = [
-        torch.einsum("nd,ndb->nb", x_TD[plan.token_N], weight_ADB[group_N])
-        for weight_ADB in (gate.secondary.w_gate, gate.secondary.w_noise)
-    ]
-    assert_close(logits_NS, torch.cat(expected, dim=1))
 
 
 def test_a_group_that_no_token_reaches_has_no_load_and_a_finite_gradient():

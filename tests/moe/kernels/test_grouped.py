@@ -1,33 +1,51 @@
 """The grouped product: equal to its reference, differentiable to any order, an honest operator."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
 from sparsegate.moe.kernels import grouped, grouped_mm, reference
-from sparsegate.moe.kernels.grouped import grouped_product
+from sparsegate.moe.kernels.grouped import grouped_product, grouped_products
 from tests.helpers.derivatives import assert_derivatives, off_by_a_factor
 from tests.helpers.moe_cases import gradients
 from tests.helpers.tolerances import TOLERANCES, assert_close
 
 # Ends of three groups among seven rows: some with empty groups, some with unused rows at the end.
 ENDS = {"even": [2, 4, 7], "empty": [0, 4, 4], "one": [0, 7, 7], "unused": [1, 3, 5], "none": [0, 0, 0]}
-OPERATORS = {"product": grouped._product, "outer": grouped._outer}
+OPERATORS = {"product": grouped._product, "transposed product": grouped._product, "outer": grouped._outer}
+WIDTHS = (5, 2)  # of the left and the right weight
+LAST = {"product": False, "transposed product": True, "outer": WIDTHS[0]}  # the operators' last argument
 
 
-def operands(operator: str, num_rows: int = 7, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    second = (3, 4, 5) if operator == "product" else (num_rows, 5)
+def operands(num_rows: int = 7, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     return (
         torch.randn(num_rows, 4, dtype=dtype, requires_grad=True),
-        torch.randn(second, dtype=dtype, requires_grad=True),
+        torch.randn(3, 4, WIDTHS[0], dtype=dtype, requires_grad=True),
     )
+
+
+def call(operator: str, end_E: Tensor, *operands: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    """The operator as a function of tensors."""
+    return OPERATORS[operator](*operands, end_E, LAST[operator])
+
+
+def operands_of(operator: str, num_rows: int = 7, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    weights = [(3, 4, width) for width in WIDTHS]
+    shapes = {
+        "product": [(num_rows, 4), *weights],
+        "transposed product": [(num_rows, sum(WIDTHS)), *weights],
+        "outer": [(num_rows, 4), (num_rows, sum(WIDTHS))],
+    }
+    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes[operator]]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS)
 def test_values_and_gradients_equal_the_reference(ends, dtype):
-    rows, weight = operands("product", dtype=dtype)
+    rows, weight = operands(dtype=dtype)
     end_E = torch.tensor(ends)
     cotangent = torch.randn(7, 5, dtype=dtype)
     ours = grouped_product(rows, weight, end_E)
@@ -42,7 +60,7 @@ def test_values_and_gradients_equal_the_reference(ends, dtype):
 
 @pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS)
 def test_the_reference_multiplies_row_by_row(ends):
-    rows, weight = operands("product")
+    rows, weight = operands()
     expected = torch.zeros(7, 5, dtype=torch.float64)
     for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
         for row in range(start, end):
@@ -51,15 +69,29 @@ def test_the_reference_multiplies_row_by_row(ends):
     assert_close(reference.grouped_product(rows, weight, torch.tensor(ends)), expected)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS)
+def test_products_with_two_weights_stand_side_by_side(ends, dtype):
+    end_E = torch.tensor(ends)
+    rows, left, right = inputs = operands_of("product", dtype=dtype)
+    cotangent = torch.randn(7, sum(WIDTHS), dtype=dtype)
+    ours = grouped_products(rows, left, right, end_E)
+    theirs = torch.cat(
+        [reference.grouped_product(rows.double(), weight.double(), end_E) for weight in (left, right)], dim=1
+    )
+    assert ours.dtype == dtype
+    assert_close(ours, theirs)
+    our_gradients = gradients((ours * cotangent).sum(), *inputs)
+    their_gradients = gradients((theirs * cotangent).sum(), *inputs)
+    for our_gradient, their_gradient in zip(our_gradients, their_gradients, strict=True):
+        # Both weights' parts of a row's gradient are summed in its own dtype.
+        assert_close(our_gradient, their_gradient, dtype=dtype, scale=2)
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS)
 def test_derivatives_are_those_of_finite_differences(operator, ends):
-    end_E = torch.tensor(ends)
-
-    def function(a: Tensor, b: Tensor) -> Tensor:
-        return OPERATORS[operator](a, b, end_E)
-
-    assert_derivatives(function, *operands(operator))
+    assert_derivatives(partial(call, operator, torch.tensor(ends)), *operands_of(operator))
 
 
 @pytest.mark.parametrize("position", [0, 1])
@@ -68,7 +100,7 @@ def test_a_factor_planted_in_a_backward_is_caught(operator, position, monkeypatc
     function = OPERATORS[operator]
     monkeypatch.setattr(function, "_backward_fn", off_by_a_factor(function._backward_fn, position))
     with pytest.raises(GradcheckError):
-        assert_derivatives(lambda a, b: function(a, b, torch.tensor([2, 4, 7])), *operands(operator))
+        assert_derivatives(partial(call, operator, torch.tensor([2, 4, 7])), *operands_of(operator))
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -76,9 +108,8 @@ def test_a_factor_planted_in_a_backward_is_caught(operator, position, monkeypatc
     ("num_rows", "ends"), [(7, [1, 3, 5]), (0, [0, 0, 0])], ids=["empty and unused", "no rows"]
 )
 def test_the_operators_keep_what_they_register(operator, num_rows, ends):
-    torch.library.opcheck(
-        OPERATORS[operator], (*operands(operator, num_rows=num_rows, dtype=torch.float32), torch.tensor(ends))
-    )
+    inputs = operands_of(operator, num_rows=num_rows, dtype=torch.float32)
+    torch.library.opcheck(OPERATORS[operator], (*inputs, torch.tensor(ends), LAST[operator]))
 
 
 @pytest.mark.parametrize("ends", [[1, 3, 5], [0, 7, 7]])
@@ -91,7 +122,7 @@ def test_those_of_torchs_product_keep_what_they_register(ends):
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_memory_layout_makes_no_difference(dtype):
-    rows, weight = operands("product", dtype=dtype)
+    rows, weight = operands(dtype=dtype)
     end_E = torch.tensor([2, 4, 6])
     strided = (
         rows.detach().T.contiguous().T.requires_grad_(),
@@ -111,7 +142,7 @@ def test_memory_layout_makes_no_difference(dtype):
 
 
 def test_rows_past_the_last_end_reach_nothing_even_if_they_are_nan():
-    rows, weight = operands("product")
+    rows, weight = operands()
     rows = rows.detach().index_fill(0, torch.tensor([5, 6]), torch.nan).requires_grad_()
     out = grouped_product(rows, weight, torch.tensor([1, 3, 5]))
     grad_rows, grad_weight = torch.autograd.grad(
@@ -124,7 +155,7 @@ def test_rows_past_the_last_end_reach_nothing_even_if_they_are_nan():
 
 def test_autocast_casts_all_but_float64():
     for dtype, expected in ((torch.float32, torch.bfloat16), (torch.float64, torch.float64)):
-        rows, weight = operands("product", dtype=dtype)
+        rows, weight = operands(dtype=dtype)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out = grouped_product(rows, weight, torch.tensor([2, 4, 7]))
             assert out.dtype == expected == (rows @ weight[0]).dtype

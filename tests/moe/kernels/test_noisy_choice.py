@@ -94,6 +94,34 @@ def test_values_and_gradients_are_those_of_the_equations(case, dtype, noise_epsi
             assert_close(our_gradient, their_gradient, dtype=dtype, scale=10)
 
 
+@pytest.mark.parametrize("kind", ["numbers", "ties", "-inf", "inf", "nan", "huge"])
+@pytest.mark.parametrize("num_columns", [4, 32, 33, 64, 500])
+@pytest.mark.parametrize("k", [1, 3, 4, 8, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_best_are_those_of_topk(kind, num_columns, k, dtype):
+    if k > num_columns:
+        return
+    value_NB = torch.randn(20, num_columns, dtype=dtype)
+    if kind == "ties":
+        value_NB = value_NB.round()
+    elif kind == "huge":
+        value_NB[:, :3] = torch.finfo(dtype).max
+    elif kind != "numbers":
+        value_NB[torch.rand(20, num_columns) < 0.9] = float(kind)
+    expected_NK, _ = value_NB.topk(k)
+    top_NK, index_NK = threaded_choice._topk(value_NB.clone(), k)
+    assert top_NK.dtype == dtype
+    assert torch.equal(top_NK.nan_to_num(7.0), expected_NK.nan_to_num(7.0))
+    assert torch.equal(value_NB.gather(1, index_NK).nan_to_num(7.0), expected_NK.nan_to_num(7.0))
+    assert all(len(set(row)) == k for row in index_NK.tolist())
+
+
+def test_maxima_one_after_the_other_take_the_first_of_equals():
+    """What torch.topk takes of them depends on the processor."""
+    _, index_NK = threaded_choice._topk(torch.tensor([[1.0, 2.0, 2.0, 1.0] + [0.0] * 60]), 4)
+    assert index_NK.tolist() == [[1, 2, 0, 3]]
+
+
 def test_no_sum_depends_on_the_number_of_threads():
     inputs = logits(500, torch.float32)
     choose = partial(threaded_choice.noisy_choice, *inputs, None, num_groups=1, k=K, noise_epsilon=0.0)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dispatch import Plan, in_pair_order
-from ..kernels.grouped import grouped_product
+from ..kernels.grouped import grouped_product, grouped_products
 from ..routing import LogitSums, Routing, entries, pick, sums_of_logits, tokens_of_rows
 from .balanced import (
     above_threshold,
@@ -116,7 +116,8 @@ class NoisyTopKGroups(GroupGates):
         # In the order of the rows, where those of a group stand together; only what is chosen is put back.
         group_N = groups.expert_N[plan.order_N]
         if self.training:
-            logits_NS = self._logits(rows_ND, plan)
+            w_gate, w_noise = (weight.to(rows_ND.dtype) for weight in (self.w_gate, self.w_noise))
+            logits_NS = grouped_products(rows_ND, w_gate, w_noise, plan.end_E)
             if noise_NB is None:
                 noise_NB = torch.randn_like(logits_NS[:, : self.group_size])
             else:
@@ -141,17 +142,6 @@ class NoisyTopKGroups(GroupGates):
             logit_sums=choice.logit_sums,
             load_AB=choice.load_AB,
             threshold=choice.weight_NK.new_zeros(()),
-        )
-
-    def _logits(self, rows_ND: Tensor, plan: Plan) -> Tensor:
-        """x W_gate, and beside it x W_noise: [N, 2 * group_size]."""
-        # The logits are copied into one and not the weights, which of 65,536 experts of width 512 are 268 MB.
-        return torch.cat(
-            [
-                grouped_product(rows_ND, weight_ADB.to(rows_ND.dtype), plan.end_E)
-                for weight_ADB in (self.w_gate, self.w_noise)
-            ],
-            dim=1,
         )
 
 

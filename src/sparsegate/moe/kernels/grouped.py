@@ -22,33 +22,62 @@ def grouped_product(rows_ND: Tensor, weight_EDH: Tensor, end_E: Tensor) -> Tenso
     rows_ND: in expert order. weight_EDH: one matrix per expert, of the rows' dtype unless autocast is on.
     end_E: int64, one past each expert's last row. Returns [N, H]; zeros for the rows past the last end.
     """
-    return _product(as_autocast(rows_ND), as_autocast(weight_EDH), end_E)
+    return grouped_products(rows_ND, weight_EDH, weight_EDH.new_empty(*weight_EDH.shape[:2], 0), end_E)
+
+
+def grouped_products(rows_ND: Tensor, left_EDB: Tensor, right_EDC: Tensor, end_E: Tensor) -> Tensor:
+    """The grouped products with two weights, side by side, [N, B + C]: neither is copied for it."""
+    return _product(as_autocast(rows_ND), as_autocast(left_EDB), as_autocast(right_EDC), end_E, False)
 
 
 @torch.library.custom_op("sparsegate::grouped_product", mutates_args=())
-def _product(rows_ND: Tensor, weight_EDH: Tensor, end_E: Tensor) -> Tensor:
-    out_NH = _empty(rows_ND, rows_ND.shape[0], weight_EDH.shape[2])
+def _product(rows_NS: Tensor, left_EDB: Tensor, right_EDC: Tensor, end_E: Tensor, transposed: bool) -> Tensor:
+    """transposed: from rows of B + C numbers to D, the sum of the products with each weight's transpose."""
+    weights = list(zip((left_EDB, right_EDC), _columns(left_EDB.shape[2], right_EDC.shape[2]), strict=True))
+    width = left_EDB.shape[1] if transposed else left_EDB.shape[2] + right_EDC.shape[2]
+    out_NS = _empty(rows_NS, rows_NS.shape[0], width)
 
     def compute(group: Group) -> None:
-        torch.mm(rows_ND[group.rows], weight_EDH[group.expert], out=out_NH[group.rows])
+        some_NS, out = rows_NS[group.rows], out_NS[group.rows]
+        for index, (weight_EDH, columns) in enumerate(weights):
+            if not transposed:
+                torch.mm(some_NS, weight_EDH[group.expert], out=out[:, columns])
+            elif index == 0:
+                torch.mm(some_NS[:, columns], weight_EDH[group.expert].t(), out=out)
+            elif weight_EDH.shape[2]:
+                out.addmm_(some_NS[:, columns], weight_EDH[group.expert].t())
 
-    _for_each(compute, rows_ND, end_E)
-    out_NH[int(end_E[-1]) :].zero_()
-    return out_NH
+    _for_each(compute, rows_NS, end_E)
+    out_NS[int(end_E[-1]) :].zero_()
+    return out_NS
 
 
 @torch.library.custom_op("sparsegate::grouped_outer", mutates_args=())
-def _outer(left_ND: Tensor, right_NH: Tensor, end_E: Tensor) -> Tensor:
-    """Products over each expert's rows, the gradient of a weight: left[rows of e]^T @ right[rows of e]."""
-    out_EDH = _empty(left_ND, end_E.shape[0], left_ND.shape[1], right_NH.shape[1])
+def _outer(rows_ND: Tensor, grad_NS: Tensor, end_E: Tensor, num_left: int) -> tuple[Tensor, Tensor]:
+    """Products over each expert's rows, the gradients of both weights: rows[of e]^T @ grad[of e].
+
+    num_left: the columns of the left one.
+    """
+    num_experts, width, num_right = end_E.shape[0], rows_ND.shape[1], grad_NS.shape[1] - num_left
+    left_EDB, right_EDC = (
+        _empty(rows_ND, num_experts, width, num_columns) for num_columns in (num_left, num_right)
+    )
+    results = list(zip((left_EDB, right_EDC), _columns(num_left, num_right), strict=True))
 
     def compute(group: Group) -> None:
-        torch.mm(left_ND[group.rows].T, right_NH[group.rows], out=out_EDH[group.expert])
+        rows_DN, some_NS = rows_ND[group.rows].t(), grad_NS[group.rows]
+        for out_EDH, columns in results:
+            torch.mm(rows_DN, some_NS[:, columns], out=out_EDH[group.expert])
 
-    _for_each(compute, left_ND, end_E)
+    _for_each(compute, rows_ND, end_E)
     for expert in without_rows(end_E):
-        out_EDH[expert].zero_()
-    return out_EDH
+        left_EDB[expert].zero_()
+        right_EDC[expert].zero_()
+    return left_EDB, right_EDC
+
+
+def _columns(num_left: int, num_right: int) -> tuple[slice, slice]:
+    return slice(num_left), slice(num_left, num_left + num_right)
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
@@ -66,32 +95,40 @@ def _for_each(compute: Callable[[Group], None], rows_ND: Tensor, end_E: Tensor) 
 
 
 @_product.register_fake
-def _(rows_ND: Tensor, weight_EDH: Tensor, end_E: Tensor) -> Tensor:
-    return rows_ND.new_empty(rows_ND.shape[0], weight_EDH.shape[2])
+def _(rows_NS: Tensor, left_EDB: Tensor, right_EDC: Tensor, end_E: Tensor, transposed: bool) -> Tensor:
+    width = left_EDB.shape[1] if transposed else left_EDB.shape[2] + right_EDC.shape[2]
+    return rows_NS.new_empty(rows_NS.shape[0], width)
 
 
 @_outer.register_fake
-def _(left_ND: Tensor, right_NH: Tensor, end_E: Tensor) -> Tensor:
-    return left_ND.new_empty(end_E.shape[0], left_ND.shape[1], right_NH.shape[1])
+def _(rows_ND: Tensor, grad_NS: Tensor, end_E: Tensor, num_left: int) -> tuple[Tensor, Tensor]:
+    num_experts, width, num_right = end_E.shape[0], rows_ND.shape[1], grad_NS.shape[1] - num_left
+    return rows_ND.new_empty(num_experts, width, num_left), rows_ND.new_empty(num_experts, width, num_right)
 
 
-def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.transposed_or_num_left = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _product_backward(ctx: Any, grad_NH: Tensor) -> tuple[Tensor | None, ...]:
-    rows_ND, weight_EDH, end_E = ctx.saved_tensors
-    grad_rows_ND = _product(grad_NH, weight_EDH.transpose(1, 2), end_E) if ctx.needs_input_grad[0] else None
-    grad_weight_EDH = _outer(rows_ND, grad_NH, end_E) if ctx.needs_input_grad[1] else None
-    return grad_rows_ND, grad_weight_EDH, None
+def _product_backward(ctx: Any, grad_NS: Tensor) -> tuple[Tensor | None, ...]:
+    rows_NS, left_EDB, right_EDC, end_E = ctx.saved_tensors
+    transposed = ctx.transposed_or_num_left
+    needs_rows, needs_left, needs_right, *_ = ctx.needs_input_grad
+    grad_rows_NS = _product(grad_NS, left_EDB, right_EDC, end_E, not transposed) if needs_rows else None
+    grad_left_EDB = grad_right_EDC = None
+    if needs_left or needs_right:
+        wide = (grad_NS, rows_NS) if transposed else (rows_NS, grad_NS)
+        grad_left_EDB, grad_right_EDC = _outer(*wide, end_E, left_EDB.shape[2])
+    return grad_rows_NS, grad_left_EDB, grad_right_EDC, None, None
 
 
-def _outer_backward(ctx: Any, grad_EDH: Tensor) -> tuple[Tensor | None, ...]:
-    left_ND, right_NH, end_E = ctx.saved_tensors
-    grad_left_ND = _product(right_NH, grad_EDH.transpose(1, 2), end_E) if ctx.needs_input_grad[0] else None
-    grad_right_NH = _product(left_ND, grad_EDH, end_E) if ctx.needs_input_grad[1] else None
-    return grad_left_ND, grad_right_NH, None
+def _outer_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    rows_ND, grad_NS, end_E = ctx.saved_tensors
+    of_rows_ND = _product(grad_NS, *grads, end_E, True) if ctx.needs_input_grad[0] else None
+    of_grad_NS = _product(rows_ND, *grads, end_E, False) if ctx.needs_input_grad[1] else None
+    return of_rows_ND, of_grad_NS, None, None
 
 
-_product.register_autograd(_product_backward, setup_context=_save_inputs)
-_outer.register_autograd(_outer_backward, setup_context=_save_inputs)
+_product.register_autograd(_product_backward, setup_context=_setup_context)
+_outer.register_autograd(_outer_backward, setup_context=_setup_context)
