@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sparsegate.benchmarking import layer
 from sparsegate.benchmarking.checks import WrongResult, check, check_layer
 from sparsegate.benchmarking.contestants import own
 from sparsegate.benchmarking.layer import (
@@ -15,6 +16,7 @@ from sparsegate.benchmarking.layer import (
     make_layer,
     own_experts,
     own_layer,
+    own_sunk_experts,
     parts,
     plain_loop,
 )
@@ -74,6 +76,25 @@ def test_a_wrong_layer_is_found(message: str, shape: Shape, moe: MoE, batch: Bat
         return
     with pytest.raises(WrongResult, match=message if "finite" not in message else "none, or zero|not finite"):
         check(replace(right, forward=wrong), batch, training=True)
+
+
+@pytest.mark.parametrize(
+    ("factor", "message"), [(1.1, "gradient of w_out of"), (None, "w_out has no gradient")]
+)
+def test_a_gradient_that_reaches_the_sink_wrong_or_not_at_all_is_found(
+    factor: float | None, message: str, moe: MoE, shape: Shape, batch: Batch, monkeypatch: pytest.MonkeyPatch
+):
+    contestant, consume = own_sunk_experts(shape, moe), layer._Forgetting.consume
+
+    def wrong(self, weight_EDH: Tensor, first_expert: int, grad_EDH: Tensor) -> None:
+        if weight_EDH is moe.experts.w_in:
+            consume(self, weight_EDH, first_expert, grad_EDH)
+        elif factor is not None:
+            consume(self, weight_EDH, first_expert, factor * grad_EDH)
+
+    monkeypatch.setattr(layer._Forgetting, "consume", wrong)
+    with pytest.raises(WrongResult, match=message):
+        check(contestant, batch, training=True)
 
 
 def test_hidden_units_that_rounding_decides_are_not_compared(shape: Shape, moe: MoE, batch: Batch):

@@ -58,7 +58,8 @@ def results(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_every_shape_has_everyone_the_least_time_and_the_reasons(results: dict):
-    names = ["dense", "sparsegate experts", "sparsegate layer", "plain loop", "transformers small"]
+    sink = ["sparsegate sink"] if results["training"] else []
+    names = ["dense", "sparsegate experts", *sink, "sparsegate layer", "plain loop", "transformers small"]
     assert [row["name"] for row in results["rows"]] == 2 * names
     assert [row["rate"] for row in results["rows"] if row["name"] == "dense"] == [1.0, 1.0]
     assert all(row["milliseconds"] > 0 for row in results["rows"])
@@ -126,7 +127,7 @@ def test_a_peer_that_does_not_fit_is_not_built(shape: Shape, moe: MoE, monkeypat
 
 
 @pytest.mark.skipif(not STATUS.exists(), reason="Linux tells it")
-@pytest.mark.parametrize("name", ["dense", "sparsegate experts", "plain loop"])
+@pytest.mark.parametrize("name", ["dense", "sparsegate experts", "sparsegate sink", "plain loop"])
 def test_the_forward_pass_keeps_rows_and_hidden_activations(name: str):
     shape = Shape(tokens=8192, width=64, hidden=512, experts=2, k=2, dtype="float32")
     found = memory_bytes(name, shape, davidmrau=None)

@@ -28,6 +28,12 @@ def check(contestant: Contestant, batch: Batch, *, training: bool) -> None:
     Raises:
         WrongResult: naming what differs, and how much.
     """
+    with contestant.keeping_gradients():
+        _check(contestant, batch, training=training)
+    release(contestant, batch)
+
+
+def _check(contestant: Contestant, batch: Batch, *, training: bool) -> None:
     if training:
         y_TD = train_step(contestant, batch).detach()
         _require_gradients(contestant, batch)
@@ -44,7 +50,6 @@ def check(contestant: Contestant, batch: Batch, *, training: bool) -> None:
             grad_N = _grad(batch.routing.weight_N)[: plain.weight_grad_N.numel()]
             _compare("gradient of G(x)", grad_N.to(y_TD.dtype), plain.weight_grad_N)
             _check_weight_gradients(batch, weights)
-    release(contestant, batch)
 
 
 def check_layer(moe: MoE, batch: Batch, *, training: bool) -> None:

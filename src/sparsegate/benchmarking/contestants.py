@@ -2,14 +2,15 @@
 
 from ..moe.layer import MoE
 from .checks import check
-from .layer import Batch, Contestant, dense, own_experts, own_layer, plain_loop
+from .layer import Batch, Contestant, dense, own_experts, own_layer, own_sunk_experts, plain_loop
 from .peers import PACKAGES, Absent, Request, peers_of
 from .shape import Shape
 
 
 def own(shape: Shape, moe: MoE) -> list[Contestant]:
     """What is always timed, the dense layer first."""
-    return [dense(shape), own_experts(shape, moe), own_layer(shape, moe)]
+    sunk = [own_sunk_experts(shape, moe)] if moe.training else []
+    return [dense(shape), own_experts(shape, moe), *sunk, own_layer(shape, moe)]
 
 
 def find(name: str, request: Request) -> Contestant:

@@ -3,7 +3,8 @@
 All of them map the same tokens. The dense layer has hidden `k * hidden`: the multiply-adds of k experts.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -35,9 +36,10 @@ class Contestant:
     note: what it computes. forward: tokens and a Routing to y [T, D] and a loss to be added, or None.
     parameters: what it owns, all of which must receive gradients. pairs_per_token: how many experts a token
     has. weights: gives the tensors w_in [E, D, H] and w_out [E, H, D] of experts that eq. 1 says all about,
-    and their gradients after a step; None for others. obstacle: why it is not run on a shape, forward and
-    backward or forward alone; None: nothing. uses_given_experts: whether it reads the weights of the experts
-    in the batch's Routing, and no others.
+    and their gradients after a step; None for others. keeping_gradients: while it is entered, gradients stay
+    until they are asked for. obstacle: why it is not run on a shape, forward and backward or forward alone;
+    None: nothing. uses_given_experts: whether it reads the weights of the experts in the batch's Routing, and
+    no others.
     """
 
     name: str
@@ -47,17 +49,18 @@ class Contestant:
     parameters: Sequence[Tensor]
     pairs_per_token: int
     weights: Callable[[], "Weights"] | None = None
+    keeping_gradients: Callable[[], AbstractContextManager[object]] = nullcontext
     obstacle: Callable[[Shape, bool], str | None] = lambda shape, training: None
     uses_given_experts: bool
 
 
 class Weights(NamedTuple):
-    """Weights w_in [E, D, H] and w_out [E, H, D], and their gradients."""
+    """Weights w_in [E, D, H] and w_out [E, H, D], and by expert the gradients of those that have tokens."""
 
     w_in_EDH: Tensor
     w_out_EHD: Tensor
-    grad_in_EDH: Tensor | None
-    grad_out_EHD: Tensor | None
+    grad_in_EDH: Tensor | Mapping[int, Tensor] | None
+    grad_out_EHD: Tensor | Mapping[int, Tensor] | None
 
 
 def train_step(contestant: Contestant, batch: Batch) -> Tensor:
@@ -130,6 +133,57 @@ def own_experts(shape: Shape, moe: MoE) -> Contestant:
         pairs_per_token=shape.k,
         uses_given_experts=True,
         weights=lambda: own_weights(moe),
+    )
+
+
+class _Forgetting:
+    """A `GradientSink` that has no use for gradients, and keeps them in checks alone."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, dict[int, Tensor]] | None = None
+
+    def consume(self, weight_EDH: Tensor, first_expert: int, grad_EDH: Tensor) -> None:
+        if self._kept is not None:
+            grads = self._kept.setdefault(id(weight_EDH), {})
+            grads |= {first_expert + index: grad_DH.clone() for index, grad_DH in enumerate(grad_EDH)}
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        self._kept = {}
+        try:
+            yield
+        finally:
+            self._kept = None
+
+    def kept(self, weight_EDH: Tensor) -> Mapping[int, Tensor] | None:
+        return None if self._kept is None else self._kept.get(id(weight_EDH))
+
+
+def own_sunk_experts(shape: Shape, moe: MoE) -> Contestant:
+    """As an optimizer has them that updates each expert as soon as it has its gradient."""
+    sink = _Forgetting()
+
+    def forward(x_TD: Tensor, routing: Routing) -> tuple[Tensor, None]:
+        moe.experts.give_gradients_to(sink)
+        try:
+            return moe.experts(x_TD, routing), None
+        finally:
+            moe.experts.give_gradients_to(None)
+
+    def weights() -> Weights:
+        w_in_EDH, w_out_EHD = moe.experts.parameters()
+        return Weights(w_in_EDH.detach(), w_out_EHD.detach(), sink.kept(w_in_EDH), sink.kept(w_out_EHD))
+
+    return Contestant(
+        name="sparsegate sink",
+        kind="experts",
+        note="its experts, each of whose weight gradients goes to a sink that drops it",
+        forward=forward,
+        parameters=[],
+        pairs_per_token=shape.k,
+        uses_given_experts=True,
+        weights=weights,
+        keeping_gradients=sink.keeping,
     )
 
 
