@@ -2,7 +2,6 @@
 
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
 from sparsegate.moe.dispatch import plan_rows
-from sparsegate.moe.kernels import reference, row_by_row, threaded, unfused
+from sparsegate.moe.kernels import groups, products, reference, row_by_row, threaded, unfused
 from sparsegate.moe.kernels.activations import ACTIVATIONS
 from sparsegate.moe.kernels.grouped import grouped_product
 from sparsegate.moe.kernels.grouped_mm import grouped_mm_product
@@ -19,18 +18,18 @@ from tests.helpers.derivatives import assert_derivatives, off_by_a_factor
 from tests.helpers.moe_cases import a_gate, a_routing
 from tests.helpers.tolerances import TOLERANCES, assert_close
 
-
-def expert_by_expert(*args: Any, **options: Any) -> Tensor:
-    """As the threaded kernel computes experts of many rows."""
-    with patch.object(row_by_row, "suits", return_value=False):
-        return threaded.feed_forward(*args, **options)
-
-
 KERNELS = {
     "threaded": threaded.feed_forward,
-    "expert by expert": expert_by_expert,
+    "expert by expert": threaded.feed_forward,
+    "several experts at once": threaded.feed_forward,
     "grouped_mm": partial(unfused.feed_forward, product=grouped_mm_product),
     "loop": partial(unfused.feed_forward, product=grouped_product),
+}
+# What the threaded kernel does with other sizes than those that are small enough for tests.
+NOT_ROW_BY_ROW = (row_by_row, "suits", lambda *_: False)
+SETTINGS = {
+    "expert by expert": [NOT_ROW_BY_ROW, (products, "_FEWEST_NUMBERS", 0)],
+    "several experts at once": [NOT_ROW_BY_ROW, (groups, "_FEWEST_GROUPS_PER_THREAD", 1)],
 }
 PLAIN = partial(unfused.feed_forward, product=reference.grouped_product, recompute=False)
 # F.grouped_mm multiplies no float64 and wants rows of 16 bytes.
@@ -38,6 +37,14 @@ DTYPES = {
     name: [dtype for dtype in TOLERANCES if name != "grouped_mm" or dtype.itemsize < 8] for name in KERNELS
 }
 WIDTH, HIDDEN, NUM_EXPERTS = 8, 16, 5
+
+
+@pytest.fixture(autouse=True)
+def setting(request, monkeypatch):
+    """Of the kernel that a test is given."""
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    for module, attribute, value in SETTINGS.get(params.get("name"), []):
+        monkeypatch.setattr(module, attribute, value)
 
 
 @pytest.fixture(autouse=True)
@@ -142,7 +149,7 @@ def few_operands(activation: str) -> list[Tensor]:
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
-@pytest.mark.parametrize("name", ["threaded", "loop"])
+@pytest.mark.parametrize("name", ["threaded", "several experts at once", "loop"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_derivatives_are_those_of_finite_differences(name, activation):
     torch.set_num_threads(1)
@@ -225,7 +232,7 @@ def test_memory_layout_makes_no_difference(name):
         assert_close(our_value, value)
 
 
-@pytest.mark.parametrize("name", ["threaded", "loop"])
+@pytest.mark.parametrize("name", ["threaded", "several experts at once", "loop"])
 def test_autocast_computes_as_if_all_but_the_gate_were_cast(name):
     routing = routed("even")
     inputs = operands(routing, "relu", torch.float32)

@@ -27,10 +27,13 @@ from tests.moe.kernels.test_feed_forward import (
     few_operands,
     operands,
     routed,
+    setting,  # noqa: F401
     two_threads,  # noqa: F401
 )
 
 LR = 0.1
+# Kernels, and their `setting` in the tests of kernels.
+NAMES = [("threaded", "threaded"), ("threaded", "several experts at once"), ("loop", "loop")]
 KINDS = {"relu": FeedForward, "swiglu": SwiGLU}
 
 
@@ -62,11 +65,11 @@ def experts_of(activation: str, **options: Any) -> FeedForward | SwiGLU:
     return KINDS[activation](**{"width": WIDTH, "hidden": 16, "num_experts": NUM_EXPERTS, **options})
 
 
-@pytest.mark.parametrize("kernel", ["threaded", "loop"])
+@pytest.mark.parametrize(("kernel", "name"), NAMES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("case", ["even", "skewed", "padded", "ragged", "no token", "many"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-def test_descending_in_backward_is_backward_and_then_a_step(kernel, activation, case, recompute):
+def test_descending_in_backward_is_backward_and_then_a_step(kernel, name, activation, case, recompute):
     routing = routed(case)
     options = {"dtype": torch.float64, "recompute": recompute, "num_experts": routing.num_experts}
     ours, theirs = experts_of(activation, kernel=kernel, **options), experts_of(activation, **options)
@@ -203,9 +206,11 @@ def test_a_layer_that_is_used_twice_cannot_change_between_its_backward_passes():
         y_TD.sum().backward()
 
 
-@pytest.mark.parametrize("kernel", ["threaded", "loop"])
-def test_weights_kept_in_bfloat16_compute_as_if_they_were_cast(kernel):
-    ours, theirs = experts_of("relu", kernel=kernel, storage=torch.bfloat16), experts_of("relu")
+@pytest.mark.parametrize(("kernel", "name"), NAMES)
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_weights_kept_in_bfloat16_compute_as_if_they_were_cast(kernel, name, recompute):
+    ours = experts_of("relu", kernel=kernel, storage=torch.bfloat16, recompute=recompute)
+    theirs = experts_of("relu")
     assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
     theirs.load_state_dict({name: value.float() for name, value in ours.state_dict().items()})
     sink = Recording(*(p.float() for p in ours.parameters()))

@@ -1,8 +1,9 @@
 """Experts on the CPU, expert by expert: what the forward and the backward pass do, without autograd.
 
-An expert's rows are gathered, multiplied, activated and multiplied again while they are in the cache. What a
-token's experts return is summed in the order of its pairs, so that the result depends neither on which thread
-was first nor on chance. Forward, experts of few rows are taken together (`row_by_row.py`).
+An expert's rows are gathered, multiplied, activated and multiplied again while they are in the cache; where
+experts have few, several at once are gathered and activated. What a token's experts return is summed in the
+order of its pairs, so that the result depends neither on which thread was first nor on chance. Forward, the
+products of few rows may be made at once as well (`row_by_row.py`).
 """
 
 from collections.abc import Callable
@@ -23,6 +24,10 @@ from .products import multiply, product
 from .workers import Scratch
 
 Product = Callable[[Tensor], Tensor]
+Matrix = Callable[[int], Tensor]
+
+# Of a temporary, where it is that of several experts.
+_NUMBERS_PER_GROUP = 1 << 16
 
 
 class Rows(NamedTuple):
@@ -68,11 +73,12 @@ def forward(
 
     scratch = Scratch()
 
-    def compute_expert(group: Group) -> None:
-        expert, rows = group
-        w_in_DS = scratch.cast("in", w_in_EDS[expert], dtype)
-        w_out_HD = scratch.cast("out", w_out_EHD[expert], dtype)
-        compute(rows, partial(product, right_DH=w_in_DS), partial(product, right_DH=w_out_HD))
+    def compute_group(group: Group) -> None:
+        times_in, times_out = (
+            partial(_products, group=group, matrix=partial(scratch.cast, weight, dtype))
+            for weight in (w_in_EDS, w_out_EHD)
+        )
+        compute(group.rows, times_in, times_out)
 
     with autocast_off(x_TD.device), torch.no_grad():
         num_used = int(plan.end_E[-1])
@@ -86,7 +92,7 @@ def forward(
                 )
                 compute(rows, times_in, times_out)
         else:
-            for_each(compute_expert, groups_of(plan.end_E))
+            for_each(compute_group, _groups(plan, w_in_EDS))
         rows_ND[num_used:].zero_()
         kept_NS[num_used:].zero_()
         return _sum_of_pairs(rows_ND, plan).to(x_TD.dtype), kept_NS
@@ -126,32 +132,55 @@ def backward(
     scratch = Scratch()
 
     def compute(group: Group) -> None:
-        expert, rows = group
-        token = plan.token_N[rows]
-        w_in_DS = scratch.cast("in", w_in_EDS[expert], dtype)
-        w_out_HD = scratch.cast("out", w_out_EHD[expert], dtype)
-        input_ND = x_TD.index_select(0, token).to(dtype)
+        rows, token_N = group.rows, plan.token_N[group.rows]
+        w_in, w_out = (partial(scratch.cast, weight, dtype) for weight in (w_in_EDS, w_out_EHD))
+        input_ND = x_TD.index_select(0, token_N).to(dtype)
         if len(kept_NS):
             kept = kept_NS[rows]
         else:
-            kept = product(input_ND, w_in_DS)
+            kept = _products(input_ND, group, w_in)
             act.keep(kept, out=kept)
-        hidden_NH, grad_ND = act.hidden(kept), grad_TD.index_select(0, token).to(dtype)
-        grad_NH = product(grad_ND, w_out_HD.t())
+        hidden_NH, grad_ND = act.hidden(kept), grad_TD.index_select(0, token_N).to(dtype)
+        grad_NH = _products(grad_ND, group, lambda expert: w_out(expert).t())
         torch.sum(grad_NH * hidden_NH, dim=1, dtype=wide, out=grad_weight_N[rows])
         grad_NS = act.gradient(grad_NH.mul_(weight_N1[rows]), kept)
         if needs_x:
-            multiply(grad_NS, w_in_DS.t(), out=grad_rows_ND[rows])
+            _products(grad_NS, group, lambda expert: w_in(expert).t(), out=grad_rows_ND[rows])
         if take is not None:
-            take(expert, Rows(input_ND, grad_NS, hidden_NH, grad_ND.mul_(weight_N1[rows])))
+            parts = Rows(input_ND, grad_NS, hidden_NH, grad_ND.mul_(weight_N1[rows]))
+            for expert, *of_expert in zip(
+                group.experts, *(part.split(group.counts) for part in parts), strict=True
+            ):
+                take(expert, Rows(*of_expert))
 
     with autocast_off(x_TD.device), torch.no_grad():
-        for_each(compute, groups_of(plan.end_E))
+        for_each(compute, _groups(plan, w_in_EDS))
         grad_x_TD = grad_rows_ND
         if needs_x:
             grad_rows_ND[int(plan.end_E[-1]) :].zero_()
             grad_x_TD = _sum_of_pairs(grad_rows_ND, plan)
         return grad_x_TD.to(x_TD.dtype), grad_weight_N[plan.row_N].to(weight_N.dtype)
+
+
+def _groups(plan: Plan, w_in_EDS: Tensor) -> list[Group]:
+    return groups_of(plan.end_E, most_rows=_NUMBERS_PER_GROUP // max(w_in_EDS.shape[1:]))
+
+
+def _products(left_ND: Tensor, group: Group, matrix: Matrix, out: Tensor | None = None) -> Tensor:
+    """Each expert's rows times its matrix, [N, H], in `out` where it is given."""
+    if len(group.experts) == 1:
+        (right_DH,) = map(matrix, group.experts)
+        if out is None:
+            return product(left_ND, right_DH)
+        multiply(left_ND, right_DH, out=out)
+        return out
+    if out is None:
+        out = left_ND.new_empty(len(left_ND), matrix(group.experts[0]).shape[1])
+    for expert, left, part in zip(
+        group.experts, left_ND.split(group.counts), out.split(group.counts), strict=True
+    ):
+        multiply(left, matrix(expert), out=part)
+    return out
 
 
 def _sum_of_pairs(rows_ND: Tensor, plan: Plan) -> Tensor:

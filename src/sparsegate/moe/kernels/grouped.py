@@ -37,15 +37,15 @@ def _product(rows_NS: Tensor, left_EDB: Tensor, right_EDC: Tensor, end_E: Tensor
     width = left_EDB.shape[1] if transposed else left_EDB.shape[2] + right_EDC.shape[2]
     out_NS = _empty(rows_NS, rows_NS.shape[0], width)
 
-    def compute(group: Group) -> None:
-        some_NS, out = rows_NS[group.rows], out_NS[group.rows]
+    def compute(expert: int, rows: slice) -> None:
+        some_NS, out = rows_NS[rows], out_NS[rows]
         for index, (weight_EDH, columns) in enumerate(weights):
             if not transposed:
-                torch.mm(some_NS, weight_EDH[group.expert], out=out[:, columns])
+                torch.mm(some_NS, weight_EDH[expert], out=out[:, columns])
             elif index == 0:
-                torch.mm(some_NS[:, columns], weight_EDH[group.expert].t(), out=out)
+                torch.mm(some_NS[:, columns], weight_EDH[expert].t(), out=out)
             elif weight_EDH.shape[2]:
-                out.addmm_(some_NS[:, columns], weight_EDH[group.expert].t())
+                out.addmm_(some_NS[:, columns], weight_EDH[expert].t())
 
     _for_each(compute, rows_NS, end_E)
     out_NS[int(end_E[-1]) :].zero_()
@@ -64,10 +64,10 @@ def _outer(rows_ND: Tensor, grad_NS: Tensor, end_E: Tensor, num_left: int) -> tu
     )
     results = list(zip((left_EDB, right_EDC), _columns(num_left, num_right), strict=True))
 
-    def compute(group: Group) -> None:
-        rows_DN, some_NS = rows_ND[group.rows].t(), grad_NS[group.rows]
+    def compute(expert: int, rows: slice) -> None:
+        rows_DN, some_NS = rows_ND[rows].t(), grad_NS[rows]
         for out_EDH, columns in results:
-            torch.mm(rows_DN, some_NS[:, columns], out=out_EDH[group.expert])
+            torch.mm(rows_DN, some_NS[:, columns], out=out_EDH[expert])
 
     _for_each(compute, rows_ND, end_E)
     for expert in without_rows(end_E):
@@ -84,14 +84,19 @@ def _empty(like: Tensor, *shape: int) -> Tensor:
     return recycled_empty(*shape, dtype=like.dtype) if like.is_cpu else like.new_empty(shape)
 
 
-def _for_each(compute: Callable[[Group], None], rows_ND: Tensor, end_E: Tensor) -> None:
+def _for_each(compute: Callable[[int, slice], None], rows_ND: Tensor, end_E: Tensor) -> None:
     """On a CPU with all threads; on a GPU one product after the other, which waits for the counts."""
-    groups = groups_of(end_E)
+    groups = groups_of(end_E, most_rows=0)
+
+    def compute_group(group: Group) -> None:
+        (expert,) = group.experts
+        compute(expert, group.rows)
+
     if rows_ND.is_cpu:
-        for_each(compute, groups)
+        for_each(compute_group, groups)
     else:
         for group in groups:
-            compute(group)
+            compute_group(group)
 
 
 @_product.register_fake

@@ -1,4 +1,4 @@
-"""Work on the rows of one expert, or of one group, after the other on the CPU, with all threads."""
+"""Work on the rows of one expert after the other on the CPU, with all threads."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,29 +10,43 @@ from .workers import in_parallel
 
 # As many rows for each thread keep one product as fast as several products side by side.
 _ROWS_PER_THREAD = 128
+# So many that threads which take them one by one are done at about the same time.
+_FEWEST_GROUPS_PER_THREAD = 8
 
 
 class Group(NamedTuple):
-    """An expert and its rows."""
+    """Experts that have rows, how many each has, and where all of these stand, one expert after the other."""
 
-    expert: int
+    experts: list[int]
+    counts: list[int]
     rows: slice
 
 
-def groups_of(end_E: Tensor) -> list[Group]:
-    """One for each expert that has rows, the heaviest first, so that no thread begins it last.
+def groups_of(end_E: Tensor, *, most_rows: int) -> list[Group]:
+    """All experts that have rows, several in a group where they have few; the heaviest group first, so that
+    no thread begins it last.
 
-    end_E: int64, one past each expert's last row.
+    end_E: int64, one past each expert's last row. most_rows: of a group of several; of fewer rows altogether
+    there are still some groups for each thread.
     """
-    count_E = end_E.diff(prepend=end_E.new_zeros(1))
-    used = count_E.nonzero().squeeze(1)
-    used = used[count_E[used].argsort(descending=True, stable=True)]
-    return [
-        Group(expert, slice(end - count, end))
-        for expert, end, count in zip(
-            used.tolist(), end_E[used].tolist(), count_E[used].tolist(), strict=True
-        )
-    ]
+    most_rows = min(most_rows, int(end_E[-1]) // (_FEWEST_GROUPS_PER_THREAD * torch.get_num_threads()))
+    groups: list[Group] = []
+    start = 0
+    for expert, end in enumerate(end_E.tolist()):
+        if start < end:
+            if groups and end - groups[-1].rows.start <= most_rows:
+                experts, counts, rows = groups[-1]
+                groups[-1] = Group(experts, counts, slice(rows.start, end))
+            else:
+                groups.append(Group([], [], slice(start, end)))
+            groups[-1].experts.append(expert)
+            groups[-1].counts.append(end - start)
+        start = end
+    return sorted(groups, key=_num_rows, reverse=True)
+
+
+def _num_rows(group: Group) -> int:
+    return group.rows.stop - group.rows.start
 
 
 def without_rows(end_E: Tensor) -> list[int]:
@@ -43,12 +57,12 @@ def without_rows(end_E: Tensor) -> list[int]:
 def for_each(compute: Callable[[Group], None], groups: list[Group]) -> None:
     """Groups of few rows side by side, one thread each; the others one after the other with all threads."""
     num_threads = torch.get_num_threads()
-    num_rows = sum(group.rows.stop - group.rows.start for group in groups)
+    num_rows = sum(map(_num_rows, groups))
     # A group that has more than a thread's fair share would keep the others waiting.
     alone = min(_ROWS_PER_THREAD * num_threads, num_rows // num_threads + 1)
     few: list[int] = []
     for index, group in enumerate(groups):
-        if group.rows.stop - group.rows.start >= alone:
+        if _num_rows(group) >= alone:
             compute(group)
         else:
             few.append(index)

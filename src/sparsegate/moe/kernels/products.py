@@ -5,6 +5,9 @@ from torch import Tensor
 
 # With fewer rows than this oneDNN gains nothing.
 _FEWEST_ROWS = 4
+# A call of it takes some 15 microseconds before it multiplies. That is lost where both the matrix and the
+# product are smaller than these: numbers, and multiply-adds (`benchmarks/cpu_products.py`).
+_FEWEST_NUMBERS, _FEWEST_MULTIPLY_ADDS = 1 << 19, 1 << 22
 
 
 def multiply(left_ND: Tensor, right_DH: Tensor, *, out: Tensor) -> None:
@@ -33,7 +36,7 @@ def _suits_onednn(left_ND: Tensor, right_DH: Tensor) -> bool:
         and len(left_ND) >= _FEWEST_ROWS
         and left_ND.is_contiguous()
         and (right_DH.is_contiguous() or right_DH.t().is_contiguous())
-        and right_DH.numel() > 0
+        and (right_DH.numel() >= _FEWEST_NUMBERS or len(left_ND) * right_DH.numel() >= _FEWEST_MULTIPLY_ADDS)
         and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
     )

@@ -6,7 +6,7 @@ much to do. torch computes outside Python's lock, so Python's own threads serve.
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from threading import Barrier, local
@@ -48,17 +48,28 @@ class Scratch(local):
     """Memory that each thread uses again: what it allocates and frees, the system may take and clear."""
 
     def __init__(self) -> None:
-        self._tensors: dict[str, Tensor] = {}
+        self._tensors: dict[Hashable, Tensor] = {}
+        self._cast: dict[Hashable, int] = {}
 
-    def empty(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    def empty(self, name: Hashable, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """The thread's tensor of that name, always of one shape and dtype, with whatever it held last."""
         if name not in self._tensors:
             self._tensors[name] = torch.empty(shape, dtype=dtype, device=_CPU)
         return self._tensors[name]
 
-    def cast(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """The tensor itself, or in another dtype a copy in the thread's memory of that name."""
-        return tensor if tensor.dtype == dtype else self.empty(name, tensor.shape, dtype).copy_(tensor)
+    def cast(self, tensors: Tensor, dtype: torch.dtype, index: int) -> Tensor:
+        """tensors[index], or in another dtype a copy in the thread's memory for one of these tensors.
+
+        Asked for the same one again, it is the copy that was made before.
+        """
+        if tensors.dtype == dtype:
+            return tensors[index]
+        key = id(tensors)
+        copy = self.empty(key, tensors.shape[1:], dtype)
+        if self._cast.get(key) != index:
+            copy.copy_(tensors[index])
+            self._cast[key] = index
+        return copy
 
 
 def _drain(function: Callable[[int], object], queue: deque[int], inference: bool) -> None:
