@@ -4,7 +4,8 @@
 
 Products of the rows of an expert with its matrix, float32, as many experts as make 16,384 rows, 256 at most.
 Each way is first compared with float64; then all are timed in turn, experts one after the other with all
-threads, or side by side with one thread each. The last table is the time to write one gigabyte.
+threads, or side by side with one thread each. The second table is of smaller matrices, side by side: oneDNN's
+time over that of torch.mm. The last one is the time to write one gigabyte.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import RESULTS
-from sparsegate.benchmarking.measuring import circumstances, markdown, seconds, store
+from sparsegate.benchmarking.measuring import circumstances, markdown, median_ratio, seconds, store
 from sparsegate.moe.kernels.workers import in_parallel
 
 
@@ -27,6 +28,8 @@ def onednn(rows_ND: Tensor, weight_DH: Tensor) -> Tensor:
 
 
 WAYS = {"torch.mm": torch.mm, "oneDNN": onednn}
+SMALLER = ((64, 128), (128, 256), (256, 512), (512, 1024))
+FEW_ROWS = (4, 16, 32, 64, 128)
 
 
 def main() -> None:
@@ -34,30 +37,48 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     products = [measure(num_rows, args) for num_rows in args.rows]
+    smaller = [measure_smaller(num_rows, args.repeats) for num_rows in FEW_ROWS]
     writes = measure_writes(args.repeats)
-    print(markdown(products), markdown(writes), sep="\n\n")
-    found = {**circumstances(), "products": products, "writes": writes}
+    print(markdown(products), markdown(smaller), markdown(writes), sep="\n\n")
+    found = {**circumstances(), "products": products, "smaller": smaller, "writes": writes}
     print(store(RESULTS / "cpu_products.json", found))
 
 
 def measure(num_rows: int, args: argparse.Namespace) -> dict[str, Any]:
     """One row of the table, in GFLOP/s."""
-    num_experts = max(4, min(16_384 // num_rows, 256))
-    rows = torch.randn(num_experts, num_rows, args.width).unbind()
-    weights = torch.randn(num_experts, args.width, args.hidden).unbind()
-    for multiply in WAYS.values():
-        exact = rows[0].double() @ weights[0].double()
-        torch.testing.assert_close(multiply(rows[0], weights[0]).double(), exact, rtol=1e-4, atol=1e-3)
+    rows, weights = operands(num_rows, args.width, args.hidden)
     steps: dict[str, Callable[[], None]] = {}
     for name, multiply in WAYS.items():
         steps[f"{name}, all threads"] = one_after_the_other(multiply, rows, weights)
         steps[f"{name}, side by side"] = side_by_side(multiply, rows, weights)
     times = seconds(steps, repeats=args.repeats)
-    gflop = 2e-9 * num_experts * num_rows * args.width * args.hidden
+    gflop = 2e-9 * len(rows) * num_rows * args.width * args.hidden
     return {
         "rows of an expert": num_rows,
         **{name: gflop / statistics.median(own) for name, own in times.items()},
     }
+
+
+def measure_smaller(num_rows: int, repeats: int) -> dict[str, Any]:
+    """One row of the table of smaller matrices."""
+    found: dict[str, Any] = {"rows of an expert": num_rows}
+    for width, hidden in SMALLER:
+        rows, weights = operands(num_rows, width, hidden)
+        steps = {name: side_by_side(multiply, rows, weights) for name, multiply in WAYS.items()}
+        times = seconds(steps, repeats=repeats)
+        found[f"{width} x {hidden:,}"] = median_ratio(times["oneDNN"], times["torch.mm"])
+    return found
+
+
+def operands(num_rows: int, width: int, hidden: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Rows and a matrix for each expert, with which both ways have been seen to be right."""
+    num_experts = max(4, min(16_384 // num_rows, 256))
+    rows = torch.randn(num_experts, num_rows, width).unbind()
+    weights = torch.randn(num_experts, width, hidden).unbind()
+    for multiply in WAYS.values():
+        exact = rows[0].double() @ weights[0].double()
+        torch.testing.assert_close(multiply(rows[0], weights[0]).double(), exact, rtol=1e-4, atol=1e-3)
+    return rows, weights
 
 
 def one_after_the_other(
