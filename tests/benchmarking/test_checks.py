@@ -79,7 +79,7 @@ def test_a_wrong_layer_is_found(message: str, shape: Shape, moe: MoE, batch: Bat
 
 
 @pytest.mark.parametrize(
-    ("factor", "message"), [(1.1, "gradient of w_out of"), (None, "w_out has no gradient")]
+    ("factor", "message"), [(1.1, "gradient of w_out of"), (None, "w_out has no gradient of expert")]
 )
 def test_a_gradient_that_reaches_the_sink_wrong_or_not_at_all_is_found(
     factor: float | None, message: str, moe: MoE, shape: Shape, batch: Batch, monkeypatch: pytest.MonkeyPatch

@@ -3,7 +3,7 @@
 All of them map the same tokens. The dense layer has hidden `k * hidden`: the multiply-adds of k experts.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -17,7 +17,7 @@ from ..moe.losses import importance_loss, load_loss
 from ..moe.routing import Routing
 from .shape import DTYPES, Shape, too_large
 
-Kind = Literal["dense", "experts", "layer"]
+Kind = Literal["dense", "experts", "sink", "layer"]
 
 
 class Batch(NamedTuple):
@@ -32,14 +32,15 @@ class Batch(NamedTuple):
 class Contestant:
     """One who is timed.
 
-    kind: "experts" work from the Routing that they are given, a "layer" decides by itself and has its losses.
+    kind: "experts" work from the Routing that they are given; "sink" is the same, but keeps no gradient of
+    weights; a "layer" decides by itself and has its losses.
     note: what it computes. forward: tokens and a Routing to y [T, D] and a loss to be added, or None.
     parameters: what it owns, all of which must receive gradients. pairs_per_token: how many experts a token
     has. weights: gives the tensors w_in [E, D, H] and w_out [E, H, D] of experts that eq. 1 says all about,
-    and their gradients after a step; None for others. keeping_gradients: while it is entered, gradients stay
-    until they are asked for. obstacle: why it is not run on a shape, forward and backward or forward alone;
-    None: nothing. uses_given_experts: whether it reads the weights of the experts in the batch's Routing, and
-    no others.
+    and their gradients after a step; None for others. keeping: while it is entered, the gradients of these
+    experts stay until they are asked for. obstacle: why it is not run on a shape, forward and backward or
+    forward alone; None: nothing. uses_given_experts: whether it reads the weights of the experts in the
+    batch's Routing, and no others.
     """
 
     name: str
@@ -49,13 +50,13 @@ class Contestant:
     parameters: Sequence[Tensor]
     pairs_per_token: int
     weights: Callable[[], "Weights"] | None = None
-    keeping_gradients: Callable[[], AbstractContextManager[object]] = nullcontext
+    keeping: Callable[[Collection[int]], AbstractContextManager[object]] = nullcontext
     obstacle: Callable[[Shape, bool], str | None] = lambda shape, training: None
     uses_given_experts: bool
 
 
 class Weights(NamedTuple):
-    """Weights w_in [E, D, H] and w_out [E, H, D], and by expert the gradients of those that have tokens."""
+    """Weights w_in [E, D, H] and w_out [E, H, D], and gradients, of all experts or those that are kept."""
 
     w_in_EDH: Tensor
     w_out_EHD: Tensor
@@ -137,26 +138,28 @@ def own_experts(shape: Shape, moe: MoE) -> Contestant:
 
 
 class _Forgetting:
-    """A `GradientSink` that has no use for gradients, and keeps them in checks alone."""
+    """A `GradientSink` that has no use for gradients, and keeps some in checks alone."""
 
     def __init__(self) -> None:
-        self._kept: dict[int, dict[int, Tensor]] | None = None
+        self._wanted: Collection[int] = ()
+        self._kept: dict[tuple[int, int], Tensor] = {}
 
     def consume(self, weight_EDH: Tensor, first_expert: int, grad_EDH: Tensor) -> None:
-        if self._kept is not None:
-            grads = self._kept.setdefault(id(weight_EDH), {})
-            grads |= {first_expert + index: grad_DH.clone() for index, grad_DH in enumerate(grad_EDH)}
+        for expert, grad_DH in enumerate(grad_EDH, first_expert):
+            if expert in self._wanted:
+                self._kept[id(weight_EDH), expert] = grad_DH.clone()
 
     @contextmanager
-    def keeping(self) -> Iterator[None]:
-        self._kept = {}
+    def keeping(self, experts: Collection[int]) -> Iterator[None]:
+        self._wanted = experts
         try:
             yield
         finally:
-            self._kept = None
+            self._wanted = ()
+            self._kept.clear()
 
-    def kept(self, weight_EDH: Tensor) -> Mapping[int, Tensor] | None:
-        return None if self._kept is None else self._kept.get(id(weight_EDH))
+    def kept(self, weight_EDH: Tensor) -> Mapping[int, Tensor]:
+        return {expert: grad_DH for (key, expert), grad_DH in self._kept.items() if key == id(weight_EDH)}
 
 
 def own_sunk_experts(shape: Shape, moe: MoE) -> Contestant:
@@ -176,14 +179,14 @@ def own_sunk_experts(shape: Shape, moe: MoE) -> Contestant:
 
     return Contestant(
         name="sparsegate sink",
-        kind="experts",
+        kind="sink",
         note="its experts, each of whose weight gradients goes to a sink that drops it",
         forward=forward,
         parameters=[],
         pairs_per_token=shape.k,
         uses_given_experts=True,
         weights=weights,
-        keeping_gradients=sink.keeping,
+        keeping=sink.keeping,
     )
 
 

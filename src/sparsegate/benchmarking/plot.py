@@ -20,7 +20,7 @@ COLORS = {  # by the first word of a name
     "plain": "#64748b",
 }
 OURS = COLORS["sparsegate"]
-DASHES = {"experts": "-", "layer": (0, (4, 1.6))}
+DASHES = {"experts": "-", "sink": (0, (1, 1.2)), "layer": (0, (4, 1.6))}
 STYLE = {"font.size": 10.5, "svg.hashsalt": "sparsegate", "svg.fonttype": "none"}
 LABEL_GAP = 0.046  # of the height of a panel
 
@@ -68,8 +68,9 @@ def _title(results: Results) -> str:
 
 def _legend(results: Results) -> str:
     what = "forward and backward, all gradients" if results["training"] else "forward"
+    dotted = "dotted: the same, weight gradients dropped; " if results["training"] else ""
     lines = [
-        "solid: experts, routing given; dashed: whole layer, with its gate",
+        f"solid: experts, routing given; {dotted}dashed: whole layer, with its gate",
         "shaded: the least time, arithmetic and traffic of the weights at once or in turn",
         f"{what}, {results['shapes'][0]['dtype']}, {results['threads']} threads, {results['processor']}",
     ]

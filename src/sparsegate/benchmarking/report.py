@@ -11,6 +11,7 @@ _KINDS = {
     "limit": "at best",
     "dense": "dense layer",
     "experts": "experts, routing given",
+    "sink": "the same, weight gradients dropped",
     "layer": "whole layer",
     "part": "a part of it",
 }

@@ -94,13 +94,29 @@ def test_derivatives_are_those_of_finite_differences(operator, ends):
     assert_derivatives(partial(call, operator, torch.tensor(ends)), *operands_of(operator))
 
 
-@pytest.mark.parametrize("position", [0, 1])
+@pytest.mark.parametrize("position", range(3))
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_a_factor_planted_in_a_backward_is_caught(operator, position, monkeypatch):
-    function = OPERATORS[operator]
+    function, inputs = OPERATORS[operator], operands_of(operator)
+    if position >= len(inputs):
+        position = 0
     monkeypatch.setattr(function, "_backward_fn", off_by_a_factor(function._backward_fn, position))
     with pytest.raises(GradcheckError):
-        assert_derivatives(partial(call, operator, torch.tensor([2, 4, 7])), *operands_of(operator))
+        assert_derivatives(partial(call, operator, torch.tensor([2, 4, 7])), *inputs)
+
+
+@pytest.mark.parametrize("needed", [[0], [1], [2], [0, 1], [0, 2], [1, 2]])
+@pytest.mark.parametrize("operator", ["product", "transposed product"])
+def test_only_the_gradients_that_are_needed_are_computed(operator, needed, monkeypatch):
+    end_E, inputs = torch.tensor(ENDS["even"]), operands_of(operator)
+    expected = torch.autograd.grad(call(operator, end_E, *inputs).square().sum(), [inputs[i] for i in needed])
+    widths, outer = [], grouped._outer
+    monkeypatch.setattr(grouped, "_outer", lambda *args: widths.append(args[1].shape[1]) or outer(*args))
+    leaves = [t.detach().requires_grad_(i in needed) for i, t in enumerate(inputs)]
+    call(operator, end_E, *leaves).square().sum().backward()
+    for index, gradient in zip(needed, expected, strict=True):
+        assert_close(leaves[index].grad, gradient)
+    assert sum(widths) == sum(WIDTHS[index - 1] for index in needed if index)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

@@ -12,22 +12,29 @@ from tests.helpers.derivatives import assert_derivatives, off_by_a_factor
 from tests.helpers.tolerances import assert_close
 
 NUM_EXPERTS, K = 9, 3
+SUITS_MAXIMA = threaded_choice._suits_maxima
 # Rows, and the group of each: so many groups, or one that has all rows, or some.
 CASES = {
     "one group": (50, None, 1),
     "padded": (50, (torch.rand(50, generator=torch.Generator().manual_seed(0)) < 0.3).long(), 1),
     "all padded": (5, torch.ones(5, dtype=torch.int64), 1),
     "groups": (50, torch.arange(50) // 11, 5),
+    "a large group among small ones": (50, torch.tensor([0] * 3 + [1] * 40 + [2] * 3 + [4] * 4), 5),
     "groups, unused rows, an empty group": (50, torch.arange(50) // 10 + 1, 5),
     "no row": (0, None, 1),
 }
 
 
-@pytest.fixture(autouse=True)
-def small_tasks_in_two_threads(monkeypatch):
-    """Of few rows, so that there are many."""
-    monkeypatch.setattr(threaded_choice, "_NUMBERS_PER_TASK", 4 * NUM_EXPERTS)
+# By which way the best are found: the one or the other whatever the size, or as it suits.
+WAYS = {"maxima": lambda value_NB, k: True, "topk": lambda value_NB, k: False}
+
+
+@pytest.fixture(autouse=True, params=WAYS)
+def small_tasks_in_two_threads(request, monkeypatch):
+    """Of few rows, so that there are many, of one group and of several; once for each way."""
+    monkeypatch.setattr(threaded_choice, "_NUMBERS_PER_TASK", 17 * NUM_EXPERTS)
     monkeypatch.setattr(threaded_choice, "_FEWEST_ROWS_PER_TASK", 1)
+    monkeypatch.setattr(threaded_choice, "_suits_maxima", WAYS[request.param])
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -95,12 +102,9 @@ def test_values_and_gradients_are_those_of_the_equations(case, dtype, noise_epsi
 
 
 @pytest.mark.parametrize("kind", ["numbers", "ties", "-inf", "inf", "nan", "huge"])
-@pytest.mark.parametrize("num_columns", [4, 32, 33, 64, 500])
-@pytest.mark.parametrize("k", [1, 3, 4, 8, 9])
+@pytest.mark.parametrize(("num_columns", "k"), [(4, 1), (4, 4), (32, 3), (33, 8), (64, 9), (500, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_best_are_those_of_topk(kind, num_columns, k, dtype):
-    if k > num_columns:
-        return
+def test_maxima_are_those_of_topk(kind, num_columns, k, dtype):
     value_NB = torch.randn(20, num_columns, dtype=dtype)
     if kind == "ties":
         value_NB = value_NB.round()
@@ -109,17 +113,66 @@ def test_the_best_are_those_of_topk(kind, num_columns, k, dtype):
     elif kind != "numbers":
         value_NB[torch.rand(20, num_columns) < 0.9] = float(kind)
     expected_NK, _ = value_NB.topk(k)
-    top_NK, index_NK = threaded_choice._topk(value_NB.clone(), k)
+    top_NK, index_NK = threaded_choice._maxima(value_NB.clone(), k)
     assert top_NK.dtype == dtype
     assert torch.equal(top_NK.nan_to_num(7.0), expected_NK.nan_to_num(7.0))
     assert torch.equal(value_NB.gather(1, index_NK).nan_to_num(7.0), expected_NK.nan_to_num(7.0))
     assert all(len(set(row)) == k for row in index_NK.tolist())
 
 
-def test_maxima_one_after_the_other_take_the_first_of_equals():
-    """What torch.topk takes of them depends on the processor."""
-    _, index_NK = threaded_choice._topk(torch.tensor([[1.0, 2.0, 2.0, 1.0] + [0.0] * 60]), 4)
+def test_of_equals_the_first_is_the_first_maximum():
+    _, index_NK = threaded_choice._maxima(torch.tensor([[1.0, 2.0, 2.0, 1.0, 0.0]]), 4)
     assert index_NK.tolist() == [[1, 2, 0, 3]]
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_columns", "k", "dtype", "suits"),
+    [
+        (256, 64, 4, torch.float32, True),
+        (255, 64, 4, torch.float32, False),  # a few numbers, whose calls take longer than a sort
+        (1024, 31, 4, torch.float32, False),
+        (1024, 255, 4, torch.float64, True),
+        (1024, 256, 4, torch.float64, False),  # so many that torch sorts the few best alone
+        (1024, 64, 9, torch.float32, False),
+        (1024, 64, 4, torch.bfloat16, False),  # which cannot count to 255
+    ],
+)
+def test_maxima_are_taken_where_they_are_faster(num_rows, num_columns, k, dtype, suits):
+    assert SUITS_MAXIMA(torch.empty(num_rows, num_columns, dtype=dtype), k) == suits
+
+
+def test_of_equals_those_that_were_chosen_have_the_gradients_that_are_to_be_differentiated():
+    logits_NS = torch.zeros(3, 128, dtype=torch.float64, requires_grad=True)
+    noise_NB, cotangent_NK = torch.zeros(3, 64, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    choice = threaded_choice.noisy_choice(logits_NS, noise_NB, None, num_groups=1, k=4, noise_epsilon=0.0)
+    plain, differentiable = (
+        torch.autograd.grad(
+            outputs(choice),
+            logits_NS,
+            [cotangent_NK, *map(torch.ones_like, outputs(choice)[1:])],
+            create_graph=again,
+            retain_graph=True,
+        )[0]
+        for again in (False, True)
+    )
+    assert_close(differentiable, plain)
+
+
+@pytest.mark.parametrize("poisoned", [False, True])
+def test_where_the_deviation_is_next_to_nothing_the_load_does_not_move_it(poisoned):
+    """Beside a threshold that close the quotient of eq. 9 has a gradient, which its clamp ends."""
+    clean_NB = (torch.arange(NUM_EXPERTS, dtype=torch.float64) * 1e-13).expand(6, -1)
+    logits_NS = torch.cat([clean_NB, torch.full_like(clean_NB, -30.0)], dim=1)
+    padding_N = torch.tensor([1, 0, 0, 0, 0, 0])
+    if poisoned:
+        logits_NS[0, NUM_EXPERTS] = torch.nan
+    logits_NS.requires_grad_()
+    load_AB = threaded_choice.noisy_choice(
+        logits_NS, torch.zeros_like(clean_NB), padding_N, num_groups=1, k=K, noise_epsilon=0.0
+    ).load_AB
+    (grad_NS,) = torch.autograd.grad(load_AB, logits_NS, torch.linspace(1, 2, NUM_EXPERTS).double()[None])
+    assert grad_NS[1:, :NUM_EXPERTS].any()
+    assert not grad_NS[1:, NUM_EXPERTS:].any()
 
 
 def test_no_sum_depends_on_the_number_of_threads():

@@ -1,8 +1,8 @@
 """The grouped product as one operator: autograd to any order, autocast, fake tensors, no graph break.
 
 `F.grouped_mm` cannot be called directly: its fake kernel refuses all but bfloat16 on torch 2.11 to 2.13, it
-has no float64, and its backward fails on expanded gradients. Here each expert's rows go through one `mm` into
-place, which on a CPU is also the faster of the two.
+has no float64, and its backward fails on expanded gradients. Here each expert's rows go through an `mm` into
+place for each weight, which on a CPU is also the faster way.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def grouped_products(rows_ND: Tensor, left_EDB: Tensor, right_EDC: Tensor, end_E
 @torch.library.custom_op("sparsegate::grouped_product", mutates_args=())
 def _product(rows_NS: Tensor, left_EDB: Tensor, right_EDC: Tensor, end_E: Tensor, transposed: bool) -> Tensor:
     """transposed: from rows of B + C numbers to D, the sum of the products with each weight's transpose."""
-    weights = list(zip((left_EDB, right_EDC), _columns(left_EDB.shape[2], right_EDC.shape[2]), strict=True))
+    weights = _with_columns(left_EDB, right_EDC)
     width = left_EDB.shape[1] if transposed else left_EDB.shape[2] + right_EDC.shape[2]
     out_NS = _empty(rows_NS, rows_NS.shape[0], width)
 
@@ -44,7 +44,7 @@ def _product(rows_NS: Tensor, left_EDB: Tensor, right_EDC: Tensor, end_E: Tensor
                 torch.mm(some_NS, weight_EDH[expert], out=out[:, columns])
             elif index == 0:
                 torch.mm(some_NS[:, columns], weight_EDH[expert].t(), out=out)
-            elif weight_EDH.shape[2]:
+            else:
                 out.addmm_(some_NS[:, columns], weight_EDH[expert].t())
 
     _for_each(compute, rows_NS, end_E)
@@ -62,7 +62,7 @@ def _outer(rows_ND: Tensor, grad_NS: Tensor, end_E: Tensor, num_left: int) -> tu
     left_EDB, right_EDC = (
         _empty(rows_ND, num_experts, width, num_columns) for num_columns in (num_left, num_right)
     )
-    results = list(zip((left_EDB, right_EDC), _columns(num_left, num_right), strict=True))
+    results = _with_columns(left_EDB, right_EDC)
 
     def compute(expert: int, rows: slice) -> None:
         rows_DN, some_NS = rows_ND[rows].t(), grad_NS[rows]
@@ -71,13 +71,16 @@ def _outer(rows_ND: Tensor, grad_NS: Tensor, end_E: Tensor, num_left: int) -> tu
 
     _for_each(compute, rows_ND, end_E)
     for expert in without_rows(end_E):
-        left_EDB[expert].zero_()
-        right_EDC[expert].zero_()
+        for out_EDH, _ in results:
+            out_EDH[expert].zero_()
     return left_EDB, right_EDC
 
 
-def _columns(num_left: int, num_right: int) -> tuple[slice, slice]:
-    return slice(num_left), slice(num_left, num_left + num_right)
+def _with_columns(left_EDB: Tensor, right_EDC: Tensor) -> list[tuple[Tensor, slice]]:
+    """Those of the two that have columns, one at least, and where these stand beside one another."""
+    num_left, num_right = left_EDB.shape[2], right_EDC.shape[2]
+    both = [(left_EDB, slice(num_left)), (right_EDC, slice(num_left, num_left + num_right))]
+    return [one for one in both if one[0].shape[2]] or both[:1]
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
@@ -111,21 +114,33 @@ def _(rows_ND: Tensor, grad_NS: Tensor, end_E: Tensor, num_left: int) -> tuple[T
     return rows_ND.new_empty(num_experts, width, num_left), rows_ND.new_empty(num_experts, width, num_right)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.transposed_or_num_left = inputs
+def _save_product(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.transposed = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _product_backward(ctx: Any, grad_NS: Tensor) -> tuple[Tensor | None, ...]:
     rows_NS, left_EDB, right_EDC, end_E = ctx.saved_tensors
-    transposed = ctx.transposed_or_num_left
     needs_rows, needs_left, needs_right, *_ = ctx.needs_input_grad
-    grad_rows_NS = _product(grad_NS, left_EDB, right_EDC, end_E, not transposed) if needs_rows else None
-    grad_left_EDB = grad_right_EDC = None
+    grad_rows_NS = grad_left_EDB = grad_right_EDC = None
+    if needs_rows:
+        grad_rows_NS = _product(grad_NS, left_EDB, right_EDC, end_E, not ctx.transposed)
     if needs_left or needs_right:
-        wide = (grad_NS, rows_NS) if transposed else (rows_NS, grad_NS)
-        grad_left_EDB, grad_right_EDC = _outer(*wide, end_E, left_EDB.shape[2])
-    return grad_rows_NS, grad_left_EDB, grad_right_EDC, None, None
+        narrow_ND, wide_NS = (grad_NS, rows_NS) if ctx.transposed else (rows_NS, grad_NS)
+        num_left, num_right = left_EDB.shape[2] * needs_left, right_EDC.shape[2] * needs_right
+        needed_NS = wide_NS.narrow(1, left_EDB.shape[2] - num_left, num_left + num_right)
+        grad_left_EDB, grad_right_EDC = _outer(narrow_ND, needed_NS, end_E, num_left)
+    return (
+        grad_rows_NS,
+        grad_left_EDB if needs_left else None,
+        grad_right_EDC if needs_right else None,
+        None,
+        None,
+    )
+
+
+def _save_outer(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:3])
 
 
 def _outer_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -135,5 +150,5 @@ def _outer_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     return of_rows_ND, of_grad_NS, None, None
 
 
-_product.register_autograd(_product_backward, setup_context=_setup_context)
-_outer.register_autograd(_outer_backward, setup_context=_setup_context)
+_product.register_autograd(_product_backward, setup_context=_save_product)
+_outer.register_autograd(_outer_backward, setup_context=_save_outer)

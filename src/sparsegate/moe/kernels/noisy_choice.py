@@ -36,17 +36,23 @@ def equations(
     num_groups: int,
     k: int,
     noise_epsilon: float,
+    chosen_NK1: Tensor | None = None,
 ) -> Choice:
     """Choose k < B experts for each row by clean + noise * (softplus(x W_noise) + noise_epsilon).
 
     logits_NS: x W_gate, the clean logits, and beside them x W_noise. noise_NB: standard normal. group_N:
     int64, the group of each row, num_groups for rows that are in no sum and whose choice means nothing; None
-    where there is one group and every row is in it.
+    where there is one group and every row is in it. chosen_NK1: the k + 1 best experts, the best one first,
+    where they are known: among equals they are not to be found again.
     """
     clean_NB, raw_std_NB = logits_NS.chunk(2, dim=1)
     std_NB = F.softplus(raw_std_NB) + noise_epsilon
     # One value more than is kept: the load estimate needs the best value that is left out.
-    top_NK1, expert_NK1 = (clean_NB + noise_NB * std_NB).topk(k + 1, dim=-1)
+    noisy_NB = clean_NB + noise_NB * std_NB
+    if chosen_NK1 is None:
+        top_NK1, expert_NK1 = noisy_NB.topk(k + 1, dim=-1)
+    else:
+        top_NK1, expert_NK1 = noisy_NB.gather(1, chosen_NK1), chosen_NK1
     expert_NK = expert_NK1[:, :k]
     p_NB = probability_in_topk(clean_NB, std_NB, top_NK1, expert_NK)
     return Choice(

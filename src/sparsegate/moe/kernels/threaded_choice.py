@@ -21,9 +21,9 @@ from .workers import in_parallel
 # What a temporary has at most, so that several fit into a core's caches; but for very many experts.
 _NUMBERS_PER_TASK = 1 << 18
 _FEWEST_ROWS_PER_TASK = 16
-# Where torch.topk does not sort the few best alone, it takes some 10 ns a number, and one maximum after the
-# other is faster: some 0.7 ns a number each, but with few columns.
-_FEWEST_COLUMNS, _FEWEST_COLUMNS_OVER_K = 32, 64
+# Where torch.topk does not sort the few best alone, it takes some 10 ns a number. One maximum after the other
+# takes some 0.7 ns a number each, but more with few columns, and 20 microseconds in a call.
+_FEWEST_COLUMNS, _FEWEST_COLUMNS_OVER_K, _FEWEST_NUMBERS_OVER_K = 32, 64, 1 << 12
 _MOST_MAXIMA = 8
 
 
@@ -43,11 +43,18 @@ def noisy_choice(
     return Choice(expert_NK1[:, :k], weight_NK, LogitSums(probability_AB, z), load_AB)
 
 
-class _Task(NamedTuple):
-    """Rows of one group, or of none that counts."""
+class _Segment(NamedTuple):
+    """Rows of one group; of group `num_groups`, if they are in no sum."""
 
     group: int
     rows: slice
+
+
+class _Task(NamedTuple):
+    """Rows that follow each other, and the segments that they are: none, if they are in no sum."""
+
+    rows: slice
+    segments: range
 
 
 class _Rows(NamedTuple):
@@ -86,33 +93,38 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the weights of k experts for each row, the three sums, and the k + 1 best experts."""
     num_rows, num_experts = noise_NB.shape
-    tasks = _tasks(num_rows, num_experts, group_N, num_groups)
+    segments, tasks = _cut(num_rows, num_experts, group_N, num_groups)
     expert_NK1 = torch.empty(num_rows, k + 1, dtype=torch.int64)
     weight_NK = logits_NS.new_empty(num_rows, k)
-    load_SB = logits_NS.new_zeros(len(tasks), num_experts)
-    probability_SB, z_S = torch.zeros_like(load_SB), logits_NS.new_zeros(len(tasks))
+    load_SB = logits_NS.new_zeros(len(segments), num_experts)
+    probability_SB, z_U = torch.zeros_like(load_SB), logits_NS.new_zeros(len(tasks))
+    best = _maxima if _suits_maxima(noise_NB, k + 1) else torch.topk
 
     def compute(index: int) -> None:
-        group, rows = tasks[index]
+        rows, own = tasks[index]
         some = _some_rows(rows, logits_NS, noise_NB, group_N, num_groups, noise_epsilon)
-        top_NK1, chosen_NK1 = _topk(some.clean_NB + some.noise_NB * some.std_NB, k + 1)
+        top_NK1, chosen_NK1 = best(some.clean_NB + some.noise_NB * some.std_NB, k + 1)
         expert_NK1[rows] = chosen_NK1
         torch.softmax(top_NK1[:, :k], dim=-1, out=weight_NK[rows])
-        if group < num_groups:
+        if own:
             safe_std_NB = some.std_NB.clamp_min(SMALLEST_STD)
             above_NB = some.in_deviations(top_NK1, chosen_NK1[:, :k], safe_std_NB)
-            torch.sum(some.only_used(torch.special.ndtr(above_NB)), dim=0, out=load_SB[index])
+            in_topk_NB = some.only_used(torch.special.ndtr(above_NB))
             z_N1 = some.clean_NB.logsumexp(dim=-1, keepdim=True)
-            torch.sum(some.only_used((some.clean_NB - z_N1).exp_()), dim=0, out=probability_SB[index])
-            z_S[index] = some.only_used(z_N1).square_().sum()
+            probability_NB = some.only_used((some.clean_NB - z_N1).exp_())
+            for segment in own:
+                of_task = _within(rows, segments[segment].rows)
+                torch.sum(in_topk_NB[of_task], dim=0, out=load_SB[segment])
+                torch.sum(probability_NB[of_task], dim=0, out=probability_SB[segment])
+            z_U[index] = some.only_used(z_N1).square_().sum()
 
     in_parallel(compute, range(len(tasks)))
-    group_S = torch.tensor([task.group for task in tasks], dtype=torch.int64)
+    group_S = torch.tensor([segment.group for segment in segments], dtype=torch.int64)
     bins = logits_NS.new_zeros(num_groups + 1, num_experts)
     load_AB, probability_AB = (
         bins.index_add(0, group_S, sums)[:-1].clone() for sums in (load_SB, probability_SB)
     )
-    return weight_NK, load_AB, probability_AB, z_S.sum(), expert_NK1
+    return weight_NK, load_AB, probability_AB, z_U.sum(), expert_NK1
 
 
 @torch.library.custom_op("sparsegate::noisy_choice_backward", mutates_args=())
@@ -132,21 +144,30 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of logits_NS, and of noise_NB, which is empty if not needed."""
     num_rows, num_experts = noise_NB.shape
-    tasks = _tasks(num_rows, num_experts, group_N, num_groups)
+    segments, tasks = _cut(num_rows, num_experts, group_N, num_groups)
     grad_logits_NS = recycled_empty(num_rows, 2 * num_experts, dtype=logits_NS.dtype)
     grad_noise_NB = noise_NB.new_zeros(num_rows if needs_noise else 0, num_experts)
 
+    def of_rows(grad_AB: Tensor, task: _Task) -> Tensor:
+        """The gradients of the sums of each row's group: one row where they are all of one."""
+        if len(task.segments) == 1:
+            return grad_AB[segments[task.segments[0]].group][None]
+        assert group_N is not None
+        return grad_AB.index_select(0, group_N[task.rows])
+
     def compute(index: int) -> None:
-        group, rows = tasks[index]
+        task = tasks[index]
+        rows = task.rows
         some = _some_rows(rows, logits_NS, noise_NB, group_N, num_groups, noise_epsilon)
         top_expert_NK1 = expert_NK1[rows]
         grad_NB, grad_std_NB = torch.zeros_like(some.std_NB), torch.zeros_like(some.std_NB)
         grad_top_NK1 = _of_weights(None if grad_weight_NK is None else grad_weight_NK[rows], weight_NK[rows])
-        if group < num_groups:
+        if task.segments:
             if grad_load_AB is not None:
-                _add_of_load(some, top_expert_NK1, grad_load_AB[group], grad_NB, grad_std_NB, grad_top_NK1)
+                grad_load_NB = of_rows(grad_load_AB, task)
+                _add_of_load(some, top_expert_NK1, grad_load_NB, grad_NB, grad_std_NB, grad_top_NK1)
             if grad_probability_AB is not None:
-                _add_of_probability(some, grad_probability_AB[group], grad_NB)
+                _add_of_probability(some, of_rows(grad_probability_AB, task), grad_NB)
             if grad_z is not None:
                 _add_of_z(some, grad_z, grad_NB)
         noise_NK1, std_NK1 = (of_NB.gather(1, top_expert_NK1) for of_NB in (some.noise_NB, some.std_NB))
@@ -161,14 +182,27 @@ def _backward(
     return grad_logits_NS, grad_noise_NB
 
 
-def _topk(value_NB: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row in descending order, and where they are; overwrites value_NB."""
+def _suits_maxima(value_NB: Tensor, k: int) -> bool:
+    """Whether `_maxima` are the faster way; all rows of a call go the same."""
     num_columns = value_NB.shape[1]
-    if not (_FEWEST_COLUMNS <= num_columns < _FEWEST_COLUMNS_OVER_K * k and k <= _MOST_MAXIMA):
-        return value_NB.topk(k, dim=-1)
+    return (
+        _FEWEST_COLUMNS <= num_columns < _FEWEST_COLUMNS_OVER_K * k
+        and k <= _MOST_MAXIMA
+        and value_NB.numel() >= _FEWEST_NUMBERS_OVER_K * k
+        and value_NB.dtype in (torch.float32, torch.float64)  # which count the columns without rounding
+    )
+
+
+def _maxima(value_NB: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row in descending order, and where they are, the first of equals first.
+
+    value_NB: may be overwritten. Where one number of it is none, or infinite, it is torch.topk, which has an
+    order for these, too.
+    """
+    num_rows, num_columns = value_NB.shape
     if not bool(value_NB.sum().isfinite()):
-        return value_NB.topk(k, dim=-1)  # which has an order for what is not a number, too
-    top_NK, index_NK = value_NB.new_empty(len(value_NB), k), torch.empty(len(value_NB), k, dtype=torch.int64)
+        return value_NB.topk(k, dim=-1)
+    top_NK, index_NK = value_NB.new_empty(num_rows, k), torch.empty(num_rows, k, dtype=torch.int64)
     from_last_B = torch.arange(num_columns, 0, -1, dtype=value_NB.dtype)
     is_largest_NB = torch.empty_like(value_NB)
     for column in range(k):
@@ -192,7 +226,7 @@ def _of_weights(grad_NK: Tensor | None, weight_NK: Tensor) -> Tensor:
 def _add_of_load(
     some: _Rows,
     expert_NK1: Tensor,
-    grad_load_B: Tensor,
+    grad_load_NB: Tensor,
     grad_NB: Tensor,
     grad_std_NB: Tensor,
     grad_top_NK1: Tensor,
@@ -202,10 +236,10 @@ def _add_of_load(
     safe_std_NB = some.std_NB.clamp_min(SMALLEST_STD)
     above_NB = some.in_deviations(some.noisy(expert_NK1), chosen_NK, safe_std_NB)
     density_NB = (above_NB * above_NB).mul_(-0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
-    through_NB = some.only_used(density_NB.mul_(grad_load_B).div_(safe_std_NB))
+    through_NB = some.only_used(density_NB.mul_(grad_load_NB).div_(safe_std_NB))
     grad_NB += through_NB
     through_std_NB = through_NB * above_NB
-    if bool(some.std_NB.amin() < SMALLEST_STD):  # hardly ever, and a mask takes longer than this minimum
+    if not bool(some.std_NB.amin() >= SMALLEST_STD):  # hardly ever, and a mask takes longer than this
         through_std_NB.masked_fill_(some.std_NB < SMALLEST_STD, 0.0)
     grad_std_NB -= through_std_NB
     through_chosen_NK = through_NB.gather(1, chosen_NK)
@@ -213,11 +247,11 @@ def _add_of_load(
     grad_top_NK1[:, -2] -= through_NB.scatter_(1, chosen_NK, 0.0).sum(dim=1)
 
 
-def _add_of_probability(some: _Rows, grad_B: Tensor, grad_NB: Tensor) -> None:
+def _add_of_probability(some: _Rows, grad_probability_NB: Tensor, grad_NB: Tensor) -> None:
     """Add the gradient of the logits by way of their softmax."""
     probability_NB = some.clean_NB.softmax(dim=-1)
-    mean_N1 = (probability_NB @ grad_B)[:, None]
-    grad_NB += some.only_used(probability_NB.mul_(grad_B - mean_N1))
+    mean_N1 = (probability_NB * grad_probability_NB).sum(dim=1, keepdim=True)
+    grad_NB += some.only_used(probability_NB.mul_(grad_probability_NB - mean_N1))
 
 
 def _add_of_z(some: _Rows, grad_z: Tensor, grad_NB: Tensor) -> None:
@@ -246,17 +280,36 @@ def _some_rows(
     )
 
 
-def _tasks(num_rows: int, num_experts: int, group_N: Tensor | None, num_groups: int) -> list[_Task]:
-    """Some rows each, of one group if there are several; the same ones whatever the number of threads."""
+def _cut(
+    num_rows: int, num_experts: int, group_N: Tensor | None, num_groups: int
+) -> tuple[list[_Segment], list[_Task]]:
+    """Segments of one group each, and tasks of one or more of them; whatever the number of threads."""
     ends = [num_rows]
     if group_N is not None and num_groups > 1:
         ends = torch.bincount(group_N, minlength=num_groups + 1).cumsum(0).tolist()
     at_once = max(_FEWEST_ROWS_PER_TASK, _NUMBERS_PER_TASK // num_experts)
-    return [
-        _Task(group, slice(first, min(first + at_once, end)))
-        for group, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True))
-        for first in range(start, end, at_once)
-    ]
+    segments: list[_Segment] = []
+    tasks: list[_Task] = []
+    for group, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+        for first in range(start, end, at_once):
+            rows = slice(first, min(first + at_once, end))
+            if group == num_groups:
+                tasks.append(_Task(rows, range(0)))
+                continue
+            segments.append(_Segment(group, rows))
+            if tasks and rows.stop - tasks[-1].rows.start <= at_once:
+                task = tasks.pop()
+                tasks.append(
+                    _Task(slice(task.rows.start, rows.stop), range(task.segments.start, len(segments)))
+                )
+            else:
+                tasks.append(_Task(rows, range(len(segments) - 1, len(segments))))
+    return segments, tasks
+
+
+def _within(outer: slice, inner: slice) -> slice:
+    """Where the rows of `inner` stand among those of `outer`."""
+    return slice(inner.start - outer.start, inner.stop - outer.start)
 
 
 @_forward.register_fake
@@ -334,6 +387,7 @@ def _autograd_backward(ctx: Any, *all_grads: Tensor | None) -> tuple[Tensor | No
             num_groups=ctx.num_groups,
             k=ctx.k,
             noise_epsilon=ctx.noise_epsilon,
+            chosen_NK1=expert_NK1,
         )
         return choice.weight_NK, choice.load_AB, *choice.logit_sums
 
