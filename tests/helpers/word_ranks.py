@@ -70,6 +70,8 @@ def nll_of_a_rank(mesh: DeviceMesh, case: Case) -> tuple[Tensor, Tensor, list[Te
     softmax = ShardedSoftmax(
         vocab_size=VOCAB, width=WIDTH, num_samples=5, mesh=mesh, dtype=torch.float64
     ).eval()
+    whole = OutputSoftmax(vocab_size=VOCAB, width=WIDTH, num_samples=5, dtype=torch.float64)
+    assert torch.equal(softmax.bias, whole.bias[rank :: mesh.size()])
     with torch.no_grad():
         for parameter, table in zip(softmax.parameters(), tables(), strict=True):
             parameter.copy_(table[rank :: mesh.size()])

@@ -142,6 +142,15 @@ def test_only_targets_and_candidates_have_gradients():
     assert gradient.any(dim=1).nonzero()[:, 0].tolist() == [0, 1, 4, 9, 30]
 
 
+def test_with_samples_words_begin_as_frequent_as_they_are_drawn_without_equal():
+    sampled = OutputSoftmax(vocab_size=VOCAB, width=4, num_samples=SAMPLES, dtype=torch.float64)
+    full = OutputSoftmax(vocab_size=VOCAB, width=4, dtype=torch.float64)
+    log_p_V = torch.tensor([math.log(probability(word)) for word in range(VOCAB)], dtype=torch.float64)
+    hidden_VD, target_V = torch.zeros(VOCAB, 4, dtype=torch.float64), torch.arange(VOCAB)
+    assert_close(-sampled.eval().nll(hidden_VD, target_V), log_p_V)
+    assert_close(full.nll(hidden_VD, target_V), torch.full_like(log_p_V, math.log(VOCAB)))
+
+
 def test_a_negative_number_of_samples_is_refused():
     with pytest.raises(ValueError, match=r"num_samples \(-1\) must be at least 1, or 0 for all words"):
         OutputSoftmax(vocab_size=3, width=2, num_samples=-1)

@@ -73,7 +73,9 @@ class OutputSoftmax(Softmax):
     from them (sampled softmax, Jean et al. 2015; section 5.1 trains with 8,192): logits are corrected by the
     logarithm of the chance to be a candidate, and a candidate that is the target is left out. It is no
     likelihood; evaluation mode always computes the exact one. The vocabulary is to be sorted, frequent words
-    first.
+    first. Biases begin at the logarithm of that distribution, where those of all words begin at 0: the model
+    then knows how frequent words are, candidates are drawn as they weigh, and rare ones, which are seldom
+    among them, need not be unlearned.
 
     sparse: whether the sampled loss leaves the weight a sparse gradient, of its rows of targets and
     candidates; false at first.
@@ -100,7 +102,9 @@ class OutputSoftmax(Softmax):
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
-        nn.init.zeros_(self.bias)
+        reset_bias(
+            self.bias, range(self.vocab_size), num_samples=self.num_samples, vocab_size=self.vocab_size
+        )
 
     @property
     def device(self) -> torch.device:
@@ -283,8 +287,23 @@ def draw_log_uniform(num_samples: int, vocab_size: int, *, device: torch.device)
     return word_S.clamp(0, vocab_size - 1).sort().values
 
 
+def log_uniform(word_N: Tensor, *, vocab_size: int) -> Tensor:
+    """The probability with which each word is drawn, float64."""
+    word_N = word_N.to(torch.float64)
+    return ((word_N + 2) / (word_N + 1)).log() / math.log(vocab_size + 1)
+
+
 def log_chance(word_N: Tensor, *, num_samples: int, vocab_size: int) -> Tensor:
     """Logarithm of the chance that a word is among the candidates: log(1 - (1 - p)^S), float64."""
-    word_N = word_N.to(torch.float64)
-    p_N = ((word_N + 2) / (word_N + 1)).log() / math.log(vocab_size + 1)
+    p_N = log_uniform(word_N, vocab_size=vocab_size)
     return (-torch.expm1(num_samples * torch.log1p(-p_N))).log()
+
+
+@torch.no_grad()
+def reset_bias(bias_N: Tensor, words: range, *, num_samples: int, vocab_size: int) -> None:
+    """Let the biases of these words begin: at 0, or with samples at the logarithm of `log_uniform`."""
+    if num_samples:
+        word_N = torch.arange(words.start, words.stop, words.step, device=bias_N.device)
+        bias_N.copy_(log_uniform(word_N, vocab_size=vocab_size).log())
+    else:
+        bias_N.zero_()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..models.cross_entropy import target_and_logsumexp
-from ..models.softmax import Part, Softmax, draw_log_uniform, nll_among
+from ..models.softmax import Part, Softmax, draw_log_uniform, nll_among, reset_bias
 from ..moe.routing import count
 from .drawing import draw_rows
 from .exchange import Rows, exchange
@@ -77,7 +77,8 @@ class ShardedSoftmax(Softmax):
         self.sparse = False
         self.mesh = mesh
         self.weight = nn.Parameter(torch.empty(len(own), width, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(len(own), device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(len(own), device=device, dtype=dtype))
+        reset_bias(self.bias, own, num_samples=num_samples, vocab_size=vocab_size)
         draw_rows(self.weight, std=width**-0.5, own=own, num_rows=vocab_size)
 
     @property
