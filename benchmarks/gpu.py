@@ -23,6 +23,8 @@ from torch import Tensor
 from benchmarks import RESULTS
 from benchmarks.gpu_contestants import CONTESTANTS, Built, Case, Operands, operands, ours, plain
 from sparsegate.benchmarking.measuring import circumstances, markdown
+from sparsegate.moe.kernels import reference
+from sparsegate.moe.kernels.grouped import grouped_products
 
 _SONIC = [
     (40960, 768, [(256, 128, 8), (512, 64, 4), (1024, 32, 2)]),
@@ -51,6 +53,9 @@ FAMILIES: dict[str, list[Case]] = {
         *(Case(tokens, 512, 1024, 4096, 4, "relu") for tokens in (1, 8, 64, 256)),
     ],
 }
+
+
+LAYERS = ("triton, whole layer", "triton, hierarchical layer")
 
 
 def check(case: Case, device: str, dtype: torch.dtype) -> float:
@@ -89,10 +94,24 @@ def step(built: Built, grad_TD: Tensor) -> None:
     torch.autograd.grad(outputs, built.leaves, grads)
 
 
-def captured(case: Case) -> bool:
-    """Whether a step of the whole layer goes into a CUDA graph: nothing in it waits for the device."""
+def check_groups(device: str, dtype: torch.dtype) -> float:
+    """As `check`, of the grouped products of hierarchical gates and their gradients."""
+    end_E = torch.tensor([300, 300, 470, 900], device=device)  # of 1,000 rows
+    leaves = [torch.randn(1000, 200, device=device, dtype=dtype).requires_grad_()]
+    leaves += [torch.randn(4, 200, width, device=device, dtype=dtype).requires_grad_() for width in (48, 33)]
+    wide = [leaf.detach().float().requires_grad_() for leaf in leaves]
+    found = grouped_products(*leaves, end_E, kernel="triton")
+    expected = torch.cat([reference.grouped_product(wide[0], weight, end_E) for weight in wide[1:]], dim=1)
+    grad = torch.randn_like(expected)
+    founds = found, *torch.autograd.grad(found, leaves, grad.to(dtype))
+    expecteds = expected, *torch.autograd.grad(expected, wide, grad)
+    return max(map(_error, founds, expecteds))
+
+
+def captured(name: str, case: Case) -> bool:
+    """Whether a step of a whole layer goes into a CUDA graph: nothing in it waits for the device."""
     given = operands(case, "cuda", torch.bfloat16)
-    built, grad_TD = CONTESTANTS["triton, whole layer"](case, given), torch.randn_like(given.x_TD)
+    built, grad_TD = CONTESTANTS[name](case, given), torch.randn_like(given.x_TD)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         for _ in range(3):
@@ -184,8 +203,14 @@ def main() -> int:
         print(f"{activation}, {dtype}: error {error:.1e} of the greatest value")
         if error > (1e-4 if dtype == torch.float32 else 2e-2):
             raise SystemExit("benchmarks.gpu: the kernels are wrong on this device")
-    graph = captured(Case(4096, 512, 1024, 32, 4, "relu"))
-    print(f"a step of the whole layer {'is' if graph else 'cannot be'} captured in a CUDA graph")
+    for dtype, most in ((torch.float32, 1e-4), (torch.bfloat16, 2e-2)):
+        error = check_groups("cuda", dtype)
+        print(f"grouped products, {dtype}: error {error:.1e} of the greatest value")
+        if error > most:
+            raise SystemExit("benchmarks.gpu: the grouped products are wrong on this device")
+    graph = {name: captured(name, Case(4096, 512, 1024, 256, 4, "relu")) for name in LAYERS}
+    for name, is_captured in graph.items():
+        print(f"a step of {name} {'is' if is_captured else 'cannot be'} captured in a CUDA graph")
     for family in args.families:
         path, rows = RESULTS / f"gpu_{family}.json", []
         for row in rows_of(family, path, args.seconds):

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsegate import MoE, importance_loss, load_loss
+from sparsegate import Hierarchical, MoE, importance_loss, load_loss
 from sparsegate.moe.dispatch import combine, dispatch, plan_rows
 from sparsegate.moe.experts.feed_forward import FeedForward
 from sparsegate.moe.experts.swiglu import SwiGLU
+from sparsegate.moe.gating.gate import Gate
 from sparsegate.moe.gating.noisy_topk import NoisyTopK
 from sparsegate.moe.kernels import reference
 from sparsegate.moe.routing import LogitSums, Routing
@@ -115,15 +116,39 @@ def ours(case: Case, given: Operands) -> Built:
 
 def our_layer(case: Case, given: Operands) -> Built:
     """Noisy top-k and both losses around the same kernels; its gate chooses for itself."""
-    like: dict[str, Any] = {"device": given.x_TD.device, "dtype": given.x_TD.dtype}
-    gate = NoisyTopK(width=case.width, num_experts=case.experts, k=case.k, **like)
+    gate = NoisyTopK(width=case.width, num_experts=case.experts, k=case.k, **_like(given))
+    return _layer(gate, case, given)
+
+
+def our_hierarchy(case: Case, given: Operands) -> Built:
+    """The same with groups of 16 experts, of which a token goes to k, and to one expert in each."""
+    num_groups = case.experts // 16
+    if case.experts % 16 or num_groups < case.k:
+        raise ValueError(f"{case.experts} experts are no {case.k} groups of 16")
+    gate = Hierarchical.noisy_topk(
+        width=case.width,
+        num_experts=case.experts,
+        num_groups=num_groups,
+        k_primary=case.k,
+        k_secondary=1,
+        kernel="triton",
+        **_like(given),
+    )
+    return _layer(gate, case, given)
+
+
+def _like(given: Operands) -> dict[str, Any]:
+    return {"device": given.x_TD.device, "dtype": given.x_TD.dtype}
+
+
+def _layer(gate: Gate, case: Case, given: Operands) -> Built:
     kind = SwiGLU if case.is_gated else FeedForward
     experts = kind(
         width=case.width,
         hidden=case.hidden,
         num_experts=case.experts,
         kernel="triton",
-        **like | {"device": "meta"},
+        **_like(given) | {"device": "meta"},
     )
     experts.w_in, experts.w_out = nn.Parameter(given.w_in_EDS), nn.Parameter(given.w_out_EHD)
     moe = MoE(gate=gate, experts=experts)
@@ -214,6 +239,7 @@ def scattermoe(case: Case, given: Operands) -> Built:
 CONTESTANTS: dict[str, Callable[[Case, Operands], Built]] = {
     "triton": ours,
     "triton, whole layer": our_layer,
+    "triton, hierarchical layer": our_hierarchy,
     "F.grouped_mm": grouped_mm,
     "transformers grouped_mm": transformers_grouped_mm,
     "liger-kernel": liger,

@@ -17,7 +17,7 @@ from tests.helpers.tolerances import TOLERANCES, assert_close
 ENDS = {"even": [2, 4, 7], "empty": [0, 4, 4], "one": [0, 7, 7], "unused": [1, 3, 5], "none": [0, 0, 0]}
 OPERATORS = {"product": grouped._product, "transposed product": grouped._product, "outer": grouped._outer}
 WIDTHS = (5, 2)  # of the left and the right weight
-LAST = {"product": False, "transposed product": True, "outer": WIDTHS[0]}  # the operators' last argument
+OPTION = {"product": False, "transposed product": True, "outer": WIDTHS[0]}  # the operators' own argument
 
 
 def operands(num_rows: int = 7, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -29,7 +29,7 @@ def operands(num_rows: int = 7, dtype: torch.dtype = torch.float64) -> tuple[Ten
 
 def call(operator: str, end_E: Tensor, *operands: Tensor) -> Tensor | tuple[Tensor, Tensor]:
     """The operator as a function of tensors."""
-    return OPERATORS[operator](*operands, end_E, LAST[operator])
+    return OPERATORS[operator](*operands, end_E, OPTION[operator], "loop")
 
 
 def operands_of(operator: str, num_rows: int = 7, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -125,7 +125,7 @@ def test_only_the_gradients_that_are_needed_are_computed(operator, needed, monke
 )
 def test_the_operators_keep_what_they_register(operator, num_rows, ends):
     inputs = operands_of(operator, num_rows=num_rows, dtype=torch.float32)
-    torch.library.opcheck(OPERATORS[operator], (*inputs, torch.tensor(ends), LAST[operator]))
+    torch.library.opcheck(OPERATORS[operator], (*inputs, torch.tensor(ends), OPTION[operator], "loop"))
 
 
 @pytest.mark.parametrize("ends", [[1, 3, 5], [0, 7, 7]])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dispatch import Plan, in_pair_order
+from ..kernels.choice import grouped_kernel
 from ..kernels.grouped import grouped_product, grouped_products
 from ..routing import LogitSums, Routing, entries, pick, sums_of_logits, tokens_of_rows
 from .balanced import (
@@ -44,7 +45,8 @@ class GroupGates(nn.Module, ABC):
 
     num_groups: a. group_size: experts of each group. pairs_per_row: experts per token and group; where
     `pairs_vary` in training, their mean. noise_width: standard normal draws per row that can be given in
-    training; 0 for none. w_gate: [num_groups, width, group_size].
+    training; 0 for none. kernel: of the products with the groups' matrices, as `choice.grouped_kernel` takes
+    it. w_gate: [num_groups, width, group_size].
     """
 
     num_groups: int
@@ -52,6 +54,7 @@ class GroupGates(nn.Module, ABC):
     pairs_per_row: int
     pairs_vary: bool = False
     noise_width: int
+    kernel: str | None
     w_gate: nn.Parameter
 
     @property
@@ -69,6 +72,16 @@ class GroupGates(nn.Module, ABC):
     def ops_per_row(self) -> int:
         """Multiply-adds per pair of a token and a group in the forward pass."""
 
+    def logits(self, rows_ND: Tensor, plan: Plan) -> Tensor:
+        """x W_gate of each row's group: [N, group_size]."""
+        return grouped_product(
+            rows_ND, self.w_gate.to(rows_ND.dtype), plan.end_E, kernel=self.kernel_for(rows_ND)
+        )
+
+    def kernel_for(self, rows_ND: Tensor) -> str:
+        """ValueError: the one that was named does not suit these rows."""
+        return grouped_kernel(self.kernel, rows_ND.device.type, rows_ND.dtype, *self.w_gate.shape)
+
 
 class NoisyTopKGroups(GroupGates):
     """Noisy top-k gating within each group.
@@ -84,6 +97,7 @@ class NoisyTopKGroups(GroupGates):
         group_size: int,
         k: int,
         noise_epsilon: float = 0.0,
+        kernel: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -94,6 +108,7 @@ class NoisyTopKGroups(GroupGates):
         self.group_size = self.noise_width = group_size
         self.pairs_per_row = k
         self.noise_epsilon = noise_epsilon
+        self.kernel = kernel
         shape = (num_groups, width, group_size)
         self.w_gate = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.w_noise = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -117,7 +132,9 @@ class NoisyTopKGroups(GroupGates):
         group_N = groups.expert_N[plan.order_N]
         if self.training:
             w_gate, w_noise = (weight.to(rows_ND.dtype) for weight in (self.w_gate, self.w_noise))
-            logits_NS = grouped_products(rows_ND, w_gate, w_noise, plan.end_E)
+            logits_NS = grouped_products(
+                rows_ND, w_gate, w_noise, plan.end_E, kernel=self.kernel_for(rows_ND)
+            )
             if noise_NB is None:
                 noise_NB = torch.randn_like(logits_NS[:, : self.group_size])
             else:
@@ -131,7 +148,7 @@ class NoisyTopKGroups(GroupGates):
                 noise_epsilon=self.noise_epsilon,
             )
         else:
-            logit_NB = grouped_product(rows_ND, self.w_gate.to(rows_ND.dtype), plan.end_E)
+            logit_NB = self.logits(rows_ND, plan)
             choice = choose(logit_NB, group_N, num_groups=self.num_groups, k=self.pairs_per_row)
         expert_NK = choice.expert_NK.index_select(0, plan.row_N)
         return ChoiceInGroups(
@@ -165,6 +182,7 @@ class BalancedGroups(GroupGates):
         k: int,
         scope: int | None = None,
         most_per_token: int | None = None,
+        kernel: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -176,6 +194,7 @@ class BalancedGroups(GroupGates):
         self.group_size = group_size
         self.pairs_per_row = k
         self.scope = scope
+        self.kernel = kernel
         self.w_gate = nn.Parameter(torch.empty(num_groups, width, group_size, device=device, dtype=dtype))
         self.log_threshold = nn.Parameter(torch.empty(num_groups, group_size, device=device, dtype=dtype))
         self.reset_parameters()
@@ -198,7 +217,7 @@ class BalancedGroups(GroupGates):
     def forward(
         self, rows_ND: Tensor, groups: Routing, plan: Plan, noise_NB: Tensor | None
     ) -> ChoiceInGroups:
-        logit_NB = in_pair_order(grouped_product(rows_ND, self.w_gate.to(rows_ND.dtype), plan.end_E), plan)
+        logit_NB = in_pair_order(self.logits(rows_ND, plan), plan)
         logit_sums = sums_of_logits(logit_NB, groups.expert_N, num_groups=self.num_groups)
         # Of unused pairs any group's thresholds do: they reach no expert.
         group_N = groups.expert_N.clamp_max(self.num_groups - 1)

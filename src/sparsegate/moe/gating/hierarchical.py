@@ -57,13 +57,16 @@ class Hierarchical(Gate):
         k_primary: int,
         k_secondary: int,
         noise_epsilon: float = 0.0,
+        kernel: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> "Hierarchical":
         """The paper's hierarchy: noisy top-k gating at both levels, all weights zero at the start.
 
         k_primary: groups per token. k_secondary: experts per token in each of these groups. noise_epsilon:
-        added to the noise's standard deviation at both levels.
+        added to the noise's standard deviation at both levels. kernel: of the groups' products; None: "loop",
+        which on a GPU makes one after the other, where the host waits for the counts; "triton" waits for
+        nothing, and has not run on a device yet.
         """
         require_hierarchy(
             num_experts=num_experts, num_groups=num_groups, k_primary=k_primary, k_secondary=k_secondary
@@ -83,6 +86,7 @@ class Hierarchical(Gate):
                 group_size=num_experts // num_groups,
                 k=k_secondary,
                 noise_epsilon=noise_epsilon,
+                kernel=kernel,
                 device=device,
                 dtype=dtype,
             ),

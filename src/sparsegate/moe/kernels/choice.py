@@ -90,6 +90,23 @@ def chosen_kernel(name: str | None, setting: Setting) -> str:
     return name
 
 
+@torch.compiler.assume_constant_result
+def grouped_kernel(name: str | None, *setting: Any) -> str:
+    """The kernel of grouped products without experts around them, as gates of groups have.
+
+    name: "loop", or "triton", whose host waits for no count; None: "loop". setting: fields of a `Setting`.
+    ValueError: another name, or one that does not suit.
+    """
+    if name is None or name == "loop":
+        return "loop"
+    if name != "triton":
+        raise ValueError(f"kernel ({name!r}) must be one of loop, triton")
+    reason = _triton_unsuited(Setting(*setting))
+    if reason is not None:
+        raise ValueError(f"kernel ({name!r}) {reason}: 'loop' can be used")
+    return name
+
+
 def _threaded_unsuited(setting: Setting) -> str | None:
     return None if setting.device == "cpu" else f"is for the CPU, not for {setting.device}"
 

@@ -16,24 +16,35 @@ from .groups import Group, for_each, groups_of, without_rows
 from .memory import recycled_empty
 
 
-def grouped_product(rows_ND: Tensor, weight_EDH: Tensor, end_E: Tensor) -> Tensor:
+def grouped_product(rows_ND: Tensor, weight_EDH: Tensor, end_E: Tensor, *, kernel: str = "loop") -> Tensor:
     """Multiply each expert's rows by its matrix: out[r] = rows[r] @ weight[e] for the rows r of expert e.
 
     rows_ND: in expert order. weight_EDH: one matrix per expert, of the rows' dtype unless autocast is on.
-    end_E: int64, one past each expert's last row. Returns [N, H]; zeros for the rows past the last end.
+    end_E: int64, one past each expert's last row. kernel: of `choice.grouped_kernel`. Returns [N, H]; zeros
+    for the rows past the last end.
     """
-    return grouped_products(rows_ND, weight_EDH, weight_EDH.new_empty(*weight_EDH.shape[:2], 0), end_E)
+    nothing_EDC = weight_EDH.new_empty(*weight_EDH.shape[:2], 0)
+    return grouped_products(rows_ND, weight_EDH, nothing_EDC, end_E, kernel=kernel)
 
 
-def grouped_products(rows_ND: Tensor, left_EDB: Tensor, right_EDC: Tensor, end_E: Tensor) -> Tensor:
+def grouped_products(
+    rows_ND: Tensor, left_EDB: Tensor, right_EDC: Tensor, end_E: Tensor, *, kernel: str = "loop"
+) -> Tensor:
     """The grouped products with two weights, side by side, [N, B + C]: neither is copied for it."""
-    return _product(as_autocast(rows_ND), as_autocast(left_EDB), as_autocast(right_EDC), end_E, False)
+    tensors = as_autocast(rows_ND), as_autocast(left_EDB), as_autocast(right_EDC)
+    return _product(*tensors, end_E, False, kernel)
 
 
 @torch.library.custom_op("sparsegate::grouped_product", mutates_args=())
-def _product(rows_NS: Tensor, left_EDB: Tensor, right_EDC: Tensor, end_E: Tensor, transposed: bool) -> Tensor:
+def _product(
+    rows_NS: Tensor, left_EDB: Tensor, right_EDC: Tensor, end_E: Tensor, transposed: bool, kernel: str
+) -> Tensor:
     """transposed: from rows of B + C numbers to D, the sum of the products with each weight's transpose."""
     weights = _with_columns(left_EDB, right_EDC)
+    if kernel == "triton":
+        from .triton import grouped  # triton is no dependency: imported by who chose it
+
+        return grouped.product(rows_NS, weights, end_E, transposed=transposed)
     width = left_EDB.shape[1] if transposed else left_EDB.shape[2] + right_EDC.shape[2]
     out_NS = _empty(rows_NS, rows_NS.shape[0], width)
 
@@ -53,12 +64,20 @@ def _product(rows_NS: Tensor, left_EDB: Tensor, right_EDC: Tensor, end_E: Tensor
 
 
 @torch.library.custom_op("sparsegate::grouped_outer", mutates_args=())
-def _outer(rows_ND: Tensor, grad_NS: Tensor, end_E: Tensor, num_left: int) -> tuple[Tensor, Tensor]:
+def _outer(
+    rows_ND: Tensor, grad_NS: Tensor, end_E: Tensor, num_left: int, kernel: str
+) -> tuple[Tensor, Tensor]:
     """Products over each expert's rows, the gradients of both weights: rows[of e]^T @ grad[of e].
 
     num_left: the columns of the left one.
     """
     num_experts, width, num_right = end_E.shape[0], rows_ND.shape[1], grad_NS.shape[1] - num_left
+    if kernel == "triton":
+        from .triton import grouped
+
+        both = [slice(num_left), slice(num_left, num_left + num_right)]
+        left_EDB, right_EDC = grouped.outer(rows_ND, grad_NS, end_E, columns=both)
+        return left_EDB, right_EDC
     left_EDB, right_EDC = (
         _empty(rows_ND, num_experts, width, num_columns) for num_columns in (num_left, num_right)
     )
@@ -103,19 +122,21 @@ def _for_each(compute: Callable[[int, slice], None], rows_ND: Tensor, end_E: Ten
 
 
 @_product.register_fake
-def _(rows_NS: Tensor, left_EDB: Tensor, right_EDC: Tensor, end_E: Tensor, transposed: bool) -> Tensor:
+def _(
+    rows_NS: Tensor, left_EDB: Tensor, right_EDC: Tensor, end_E: Tensor, transposed: bool, kernel: str
+) -> Tensor:
     width = left_EDB.shape[1] if transposed else left_EDB.shape[2] + right_EDC.shape[2]
     return rows_NS.new_empty(rows_NS.shape[0], width)
 
 
 @_outer.register_fake
-def _(rows_ND: Tensor, grad_NS: Tensor, end_E: Tensor, num_left: int) -> tuple[Tensor, Tensor]:
+def _(rows_ND: Tensor, grad_NS: Tensor, end_E: Tensor, num_left: int, kernel: str) -> tuple[Tensor, Tensor]:
     num_experts, width, num_right = end_E.shape[0], rows_ND.shape[1], grad_NS.shape[1] - num_left
     return rows_ND.new_empty(num_experts, width, num_left), rows_ND.new_empty(num_experts, width, num_right)
 
 
 def _save_product(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.transposed = inputs
+    *tensors, ctx.transposed, ctx.kernel = inputs
     ctx.save_for_backward(*tensors)
 
 
@@ -124,30 +145,32 @@ def _product_backward(ctx: Any, grad_NS: Tensor) -> tuple[Tensor | None, ...]:
     needs_rows, needs_left, needs_right, *_ = ctx.needs_input_grad
     grad_rows_NS = grad_left_EDB = grad_right_EDC = None
     if needs_rows:
-        grad_rows_NS = _product(grad_NS, left_EDB, right_EDC, end_E, not ctx.transposed)
+        grad_rows_NS = _product(grad_NS, left_EDB, right_EDC, end_E, not ctx.transposed, ctx.kernel)
     if needs_left or needs_right:
         narrow_ND, wide_NS = (grad_NS, rows_NS) if ctx.transposed else (rows_NS, grad_NS)
         num_left, num_right = left_EDB.shape[2] * needs_left, right_EDC.shape[2] * needs_right
         needed_NS = wide_NS.narrow(1, left_EDB.shape[2] - num_left, num_left + num_right)
-        grad_left_EDB, grad_right_EDC = _outer(narrow_ND, needed_NS, end_E, num_left)
+        grad_left_EDB, grad_right_EDC = _outer(narrow_ND, needed_NS, end_E, num_left, ctx.kernel)
     return (
         grad_rows_NS,
         grad_left_EDB if needs_left else None,
         grad_right_EDC if needs_right else None,
         None,
         None,
+        None,
     )
 
 
 def _save_outer(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:3])
+    *tensors, _, ctx.kernel = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _outer_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     rows_ND, grad_NS, end_E = ctx.saved_tensors
-    of_rows_ND = _product(grad_NS, *grads, end_E, True) if ctx.needs_input_grad[0] else None
-    of_grad_NS = _product(rows_ND, *grads, end_E, False) if ctx.needs_input_grad[1] else None
-    return of_rows_ND, of_grad_NS, None, None
+    of_rows_ND = _product(grad_NS, *grads, end_E, True, ctx.kernel) if ctx.needs_input_grad[0] else None
+    of_grad_NS = _product(rows_ND, *grads, end_E, False, ctx.kernel) if ctx.needs_input_grad[1] else None
+    return of_rows_ND, of_grad_NS, None, None, None
 
 
 _product.register_autograd(_product_backward, setup_context=_save_product)

@@ -41,9 +41,18 @@ def test_contestants_compute_the_same(name, activation):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the layer takes this kernel on CUDA devices alone")
-def test_the_whole_layer_takes_a_step():
-    given = operands(SMALL, DEVICE, torch.float32)
-    gpu.step(CONTESTANTS["triton, whole layer"](SMALL, given), torch.ones_like(given.x_TD))
+@pytest.mark.parametrize("name", gpu.LAYERS)
+def test_a_whole_layer_takes_a_step(name):
+    case = SMALL._replace(experts=32)
+    given = operands(case, DEVICE, torch.float32)
+    gpu.step(CONTESTANTS[name](case, given), torch.ones_like(given.x_TD))
+
+
+def test_its_check_of_grouped_products_passes_and_finds_wrong_ones(monkeypatch):
+    assert gpu.check_groups(DEVICE, torch.float32) < 1e-5
+    right = gpu.grouped_products
+    monkeypatch.setattr(gpu, "grouped_products", lambda *args, **options: 1.01 * right(*args, **options))
+    assert gpu.check_groups(DEVICE, torch.float32) > 1e-3
 
 
 def test_operations_are_counted_by_the_formula():
