@@ -24,7 +24,7 @@ from benchmarks import RESULTS
 from benchmarks.gpu_contestants import CONTESTANTS, Built, Case, Operands, operands, ours, plain
 from sparsegate.benchmarking.measuring import circumstances, markdown
 from sparsegate.moe.kernels import reference
-from sparsegate.moe.kernels.grouped import grouped_products
+from sparsegate.moe.kernels.grouped import grouped_product, grouped_products
 
 _SONIC = [
     (40960, 768, [(256, 128, 8), (512, 64, 4), (1024, 32, 2)]),
@@ -101,11 +101,13 @@ def check_groups(device: str, dtype: torch.dtype) -> float:
     leaves += [torch.randn(4, 200, width, device=device, dtype=dtype).requires_grad_() for width in (48, 33)]
     wide = [leaf.detach().float().requires_grad_() for leaf in leaves]
     found = grouped_products(*leaves, end_E, kernel="triton")
+    alone = grouped_product(*leaves[:2], end_E, kernel="triton")
     expected = torch.cat([reference.grouped_product(wide[0], weight, end_E) for weight in wide[1:]], dim=1)
     grad = torch.randn_like(expected)
     founds = found, *torch.autograd.grad(found, leaves, grad.to(dtype))
+    founds += torch.autograd.grad(alone, leaves[1], grad[:, :48].to(dtype))
     expecteds = expected, *torch.autograd.grad(expected, wide, grad)
-    return max(map(_error, founds, expecteds))
+    return max(map(_error, founds, (*expecteds, expecteds[2])))
 
 
 def captured(name: str, case: Case) -> bool:

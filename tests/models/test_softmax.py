@@ -151,6 +151,15 @@ def test_with_samples_words_begin_as_frequent_as_they_are_drawn_without_equal():
     assert_close(full.nll(hidden_VD, target_V), torch.full_like(log_p_V, math.log(VOCAB)))
 
 
+def test_biases_begin_the_same_on_the_way_over_meta_and_in_bfloat16():
+    expected_V = OutputSoftmax(vocab_size=VOCAB, width=4, num_samples=SAMPLES).bias
+    late = OutputSoftmax(vocab_size=VOCAB, width=4, num_samples=SAMPLES, device="meta").to_empty(device="cpu")
+    late.reset_parameters()
+    assert torch.equal(late.bias, expected_V)
+    narrow = OutputSoftmax(vocab_size=VOCAB, width=4, num_samples=SAMPLES, dtype=torch.bfloat16)
+    assert torch.equal(narrow.bias, expected_V.bfloat16())
+
+
 def test_a_negative_number_of_samples_is_refused():
     with pytest.raises(ValueError, match=r"num_samples \(-1\) must be at least 1, or 0 for all words"):
         OutputSoftmax(vocab_size=3, width=2, num_samples=-1)

@@ -94,12 +94,12 @@ def test_derivatives_are_those_of_finite_differences(operator, ends):
     assert_derivatives(partial(call, operator, torch.tensor(ends)), *operands_of(operator))
 
 
-@pytest.mark.parametrize("position", range(3))
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize(
+    ("operator", "position"),
+    [(operator, position) for operator in OPERATORS for position in range(2 if operator == "outer" else 3)],
+)
 def test_a_factor_planted_in_a_backward_is_caught(operator, position, monkeypatch):
     function, inputs = OPERATORS[operator], operands_of(operator)
-    if position >= len(inputs):
-        position = 0
     monkeypatch.setattr(function, "_backward_fn", off_by_a_factor(function._backward_fn, position))
     with pytest.raises(GradcheckError):
         assert_derivatives(partial(call, operator, torch.tensor([2, 4, 7])), *inputs)

@@ -54,7 +54,7 @@ class GroupGates(nn.Module, ABC):
     pairs_per_row: int
     pairs_vary: bool = False
     noise_width: int
-    kernel: str | None
+    kernel: str | None = None
     w_gate: nn.Parameter
 
     @property

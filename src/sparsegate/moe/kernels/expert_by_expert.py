@@ -26,8 +26,9 @@ from .workers import Scratch
 Product = Callable[[Tensor], Tensor]
 Matrix = Callable[[int], Tensor]
 
-# Of a temporary, where it is that of several experts.
-_NUMBERS_PER_GROUP = 1 << 16
+# Of a temporary of several experts, and of their matrices, which are to stay in the cache from one product to
+# the next.
+_ROW_NUMBERS_PER_GROUP, _WEIGHT_NUMBERS_PER_GROUP = 1 << 16, 1 << 18
 
 
 class Rows(NamedTuple):
@@ -163,7 +164,12 @@ def backward(
 
 
 def _groups(plan: Plan, w_in_EDS: Tensor) -> list[Group]:
-    return groups_of(plan.end_E, most_rows=_NUMBERS_PER_GROUP // max(w_in_EDS.shape[1:]))
+    _, width, num_inputs = w_in_EDS.shape
+    return groups_of(
+        plan.end_E,
+        most_rows=_ROW_NUMBERS_PER_GROUP // max(width, num_inputs, 1),
+        most_experts=_WEIGHT_NUMBERS_PER_GROUP // max(width * num_inputs, 1),
+    )
 
 
 def _products(left_ND: Tensor, group: Group, matrix: Matrix, out: Tensor | None = None) -> Tensor:

@@ -2,7 +2,7 @@
 
 `F.grouped_mm` cannot be called directly: its fake kernel refuses all but bfloat16 on torch 2.11 to 2.13, it
 has no float64, and its backward fails on expanded gradients. Here each expert's rows go through an `mm` into
-place for each weight, which on a CPU is also the faster way.
+place for each weight, which on a CPU is also the faster way; on a GPU it is Triton's, where it is asked for.
 """
 
 from collections.abc import Callable
@@ -108,7 +108,7 @@ def _empty(like: Tensor, *shape: int) -> Tensor:
 
 def _for_each(compute: Callable[[int, slice], None], rows_ND: Tensor, end_E: Tensor) -> None:
     """On a CPU with all threads; on a GPU one product after the other, which waits for the counts."""
-    groups = groups_of(end_E, most_rows=0)
+    groups = groups_of(end_E)
 
     def compute_group(group: Group) -> None:
         (expert,) = group.experts

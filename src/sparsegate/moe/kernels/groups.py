@@ -22,26 +22,29 @@ class Group(NamedTuple):
     rows: slice
 
 
-def groups_of(end_E: Tensor, *, most_rows: int) -> list[Group]:
+def groups_of(end_E: Tensor, *, most_rows: int = 0, most_experts: int = 1) -> list[Group]:
     """All experts that have rows, several in a group where they have few; the heaviest group first, so that
     no thread begins it last.
 
-    end_E: int64, one past each expert's last row. most_rows: of a group of several; of fewer rows altogether
-    there are still some groups for each thread.
+    end_E: int64, one past each expert's last row. most_rows, most_experts: of a group of several; of fewer
+    rows altogether there are still some groups for each thread.
     """
     most_rows = min(most_rows, int(end_E[-1]) // (_FEWEST_GROUPS_PER_THREAD * torch.get_num_threads()))
+    count_E = end_E.diff(prepend=end_E.new_zeros(1))
+    used = count_E.nonzero().squeeze(1)
     groups: list[Group] = []
-    start = 0
-    for expert, end in enumerate(end_E.tolist()):
-        if start < end:
-            if groups and end - groups[-1].rows.start <= most_rows:
-                experts, counts, rows = groups[-1]
-                groups[-1] = Group(experts, counts, slice(rows.start, end))
-            else:
-                groups.append(Group([], [], slice(start, end)))
-            groups[-1].experts.append(expert)
-            groups[-1].counts.append(end - start)
-        start = end
+    experts: list[int] = []
+    counts: list[int] = []
+    start = end = 0
+    for expert, count in zip(used.tolist(), count_E[used].tolist(), strict=True):
+        if experts and (end + count - start > most_rows or len(experts) >= most_experts):
+            groups.append(Group(experts, counts, slice(start, end)))
+            experts, counts, start = [], [], end
+        experts.append(expert)
+        counts.append(count)
+        end += count
+    if experts:
+        groups.append(Group(experts, counts, slice(start, end)))
     return sorted(groups, key=_num_rows, reverse=True)
 
 

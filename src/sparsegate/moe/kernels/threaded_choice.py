@@ -44,7 +44,7 @@ def noisy_choice(
 
 
 class _Segment(NamedTuple):
-    """Rows of one group; of group `num_groups`, if they are in no sum."""
+    """Rows of one group."""
 
     group: int
     rows: slice
@@ -120,9 +120,9 @@ def _forward(
 
     in_parallel(compute, range(len(tasks)))
     group_S = torch.tensor([segment.group for segment in segments], dtype=torch.int64)
-    bins = logits_NS.new_zeros(num_groups + 1, num_experts)
     load_AB, probability_AB = (
-        bins.index_add(0, group_S, sums)[:-1].clone() for sums in (load_SB, probability_SB)
+        logits_NS.new_zeros(num_groups, num_experts).index_add(0, group_S, sums_SB)
+        for sums_SB in (load_SB, probability_SB)
     )
     return weight_NK, load_AB, probability_AB, z_U.sum(), expert_NK1
 
@@ -183,7 +183,7 @@ def _backward(
 
 
 def _suits_maxima(value_NB: Tensor, k: int) -> bool:
-    """Whether `_maxima` are the faster way; all rows of a call go the same."""
+    """Whether `_maxima` are the faster way, for all rows of a call."""
     num_columns = value_NB.shape[1]
     return (
         _FEWEST_COLUMNS <= num_columns < _FEWEST_COLUMNS_OVER_K * k

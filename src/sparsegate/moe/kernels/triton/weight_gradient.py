@@ -18,6 +18,8 @@ def weight_gradient(
     """
     num_experts = first_row_E1.shape[0] - 1
     out = left.new_empty(num_experts, left.shape[1], right.shape[1])
+    if not out.numel():
+        return out
     launch(
         _weight_gradient_kernel,
         _candidates(left, token_N.shape[0] / num_experts),
