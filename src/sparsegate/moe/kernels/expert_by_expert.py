@@ -28,7 +28,7 @@ Matrix = Callable[[int], Tensor]
 
 # Of a temporary of several experts, and of their matrices, which are to stay in the cache from one product to
 # the next.
-_ROW_NUMBERS_PER_GROUP, _WEIGHT_NUMBERS_PER_GROUP = 1 << 16, 1 << 18
+_ROW_NUMBERS_PER_GROUP, _WEIGHT_NUMBERS_PER_GROUP = 1 << 16, 1 << 19
 
 
 class Rows(NamedTuple):
