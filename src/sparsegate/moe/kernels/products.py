@@ -5,8 +5,8 @@ from torch import Tensor
 
 # With fewer rows than this oneDNN gains nothing.
 _FEWEST_ROWS = 4
-# A call of it takes some 15 microseconds before it multiplies. That is lost where both the matrix and the
-# product are smaller than these: numbers, and multiply-adds (`benchmarks/cpu_products.py`).
+# A call of it takes a while before it multiplies, and is no gain where both the matrix and the product are
+# smaller than these: numbers, and multiply-adds (`benchmarks/cpu_products.py`).
 _FEWEST_NUMBERS, _FEWEST_MULTIPLY_ADDS = 1 << 19, 1 << 22
 
 
