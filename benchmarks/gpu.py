@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import RESULTS
+from benchmarks.gpu_code import compiled_case, side_by_side
 from benchmarks.gpu_contestants import CONTESTANTS, Built, Case, Operands, operands, ours, plain
 from sparsegate.benchmarking.measuring import circumstances, markdown
 from sparsegate.moe.kernels import reference
@@ -166,6 +168,10 @@ def measure(case: Case, name: str, roof: float) -> dict[str, Any]:
     }
 
 
+def _num_compiled(case: Case, capability: int) -> int:
+    return len(compiled_case(case, capability))
+
+
 def dense_rate() -> float:
     from triton.testing import do_bench
 
@@ -179,7 +185,7 @@ def rows_of(family: str, path: Path, seconds: float) -> Iterator[dict[str, Any]]
     yield from done
     known = {tuple(row[f] for f in (*Case._fields, "kernel")) for row in done}
     roof, started = dense_rate(), time.monotonic()
-    for case, name in itertools.product(FAMILIES[family], CONTESTANTS):
+    for name, case in itertools.product(CONTESTANTS, FAMILIES[family]):
         if (*case, name) in known or time.monotonic() - started > seconds:
             continue
         try:
@@ -195,7 +201,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
-    parser.add_argument("--seconds", type=float, default=100, help="for each family")
+    parser.add_argument("--seconds", type=float, default=90, help="for each family")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("benchmarks.gpu: no CUDA device here", file=sys.stderr)
@@ -213,6 +219,11 @@ def main() -> int:
     graph = {name: captured(name, Case(4096, 512, 1024, 256, 4, "relu")) for name in LAYERS}
     for name, is_captured in graph.items():
         print(f"a step of {name} {'is' if is_captured else 'cannot be'} captured in a CUDA graph")
+    major, minor = torch.cuda.get_device_capability()
+    cases, started = [case for family in args.families for case in FAMILIES[family]], time.monotonic()
+    # Into Triton's cache by all processors at once, or most of the time would be spent waiting for one.
+    kernels = sum(side_by_side(partial(_num_compiled, capability=10 * major + minor), cases))
+    print(f"{kernels} kernels of {len(cases)} cases compiled in {time.monotonic() - started:.0f} s")
     for family in args.families:
         path, rows = RESULTS / f"gpu_{family}.json", []
         for row in rows_of(family, path, args.seconds):

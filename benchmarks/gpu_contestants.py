@@ -72,21 +72,44 @@ class Built(NamedTuple):
 
 
 def operands(case: Case, device: str, dtype: torch.dtype) -> Operands:
-    columns = case.hidden * (2 if case.is_gated else 1)
+    """Random ones."""
     score_TE = torch.rand(case.tokens, min(case.experts, 4096), device=device)
     expert_TK = score_TE.topk(case.k).indices * (case.experts // score_TE.shape[1])
-    weight_TK = torch.rand(case.tokens, case.k, device=device)
     expert_TK += torch.randint(case.experts // score_TE.shape[1], expert_TK.shape, device=device)
-    routing = Routing.of_token_choice(
+    routing = _routing(expert_TK, torch.rand(case.tokens, case.k, device=device), case)
+    made = [torch.randn(size, device=device, dtype=dtype) for size in _sizes(case)]
+    for weight in made[1:]:
+        weight.mul_(weight.shape[1] ** -0.5)
+    return _with_gradients(made, routing)
+
+
+def untouched(case: Case, dtype: torch.dtype) -> Operands:
+    """Of the same shapes on the CPU, of which only the routing takes memory."""
+    expert_TK = (torch.arange(case.tokens * case.k) % case.experts).view(case.tokens, case.k)
+    routing = _routing(expert_TK, torch.ones(case.tokens, case.k), case)
+    return _with_gradients([torch.empty(size, dtype=dtype) for size in _sizes(case)], routing)
+
+
+def _sizes(case: Case) -> list[tuple[int, ...]]:
+    columns = case.hidden * (2 if case.is_gated else 1)
+    return [
+        (case.tokens, case.width),
+        (case.experts, case.width, columns),
+        (case.experts, case.hidden, case.width),
+    ]
+
+
+def _routing(expert_TK: Tensor, weight_TK: Tensor, case: Case) -> Routing:
+    return Routing.of_token_choice(
         logit_sums=LogitSums(weight_TK.new_zeros(1, case.experts), weight_TK.new_zeros(())),
         expert_TK=expert_TK,
         weight_TK=weight_TK,
         mask_T=None,
         load_E=weight_TK.new_zeros(case.experts),
     )
-    sizes = (case.experts, case.width, columns), (case.experts, case.hidden, case.width)
-    made = [torch.randn(case.tokens, case.width, device=device, dtype=dtype)]
-    made += [torch.randn(size, device=device, dtype=dtype).mul_(size[1] ** -0.5) for size in sizes]
+
+
+def _with_gradients(made: list[Tensor], routing: Routing) -> Operands:
     return Operands(*(t.requires_grad_() for t in (*made, routing.weight_N.detach())), routing)
 
 

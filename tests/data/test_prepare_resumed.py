@@ -90,7 +90,7 @@ def test_what_is_killed_again_and_again_ends_as_what_is_not(
     while killed < kills:
         folder = tmp_path / str(jobs)
         options = many_parts(folder / "dataset", text, "words", workers=workers)
-        # By pieces, not by the clock: on a slow machine no child would finish one, on a fast one each would end.
+        # By pieces, not by the clock: children that are too slow would finish none, fast ones all of them.
         while not ended(options, choose.randint(0, 12), choose.uniform(0, 0.05)):
             killed += 1
             kept += len(pieces(folder))

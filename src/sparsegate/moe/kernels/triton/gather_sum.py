@@ -40,16 +40,17 @@ def sum_of_rows(
             schedule.first_row_E1[-1:],
             y_TD,
             num_tokens,
+            width,
             WEIGHTED=weight_N is not None,
             PAIRS=pairs_per_token,
-            WIDTH=width,
+            WHOLE_COLUMNS=width % columns == 0,
             TOKENS=tokens,
             COLUMNS=columns,
         )
     return y_TD
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _gather_sum_kernel(
     rows_ptr,
     weight_ptr,
@@ -58,16 +59,17 @@ def _gather_sum_kernel(
     num_used_ptr,
     y_ptr,
     num_tokens,
+    width,
     WEIGHTED: tl.constexpr,
     PAIRS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    WHOLE_COLUMNS: tl.constexpr,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     is_token = token < num_tokens
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    is_column = (columns < WIDTH) | (WIDTH % COLUMNS == 0)
+    is_column = (columns < width) | WHOLE_COLUMNS
     num_used = tl.load(num_used_ptr)
     if PAIRS is None:
         first_pair = tl.load(first_pair_ptr + token, mask=is_token, other=0)
@@ -84,10 +86,10 @@ def _gather_sum_kernel(
         is_pair = is_token & (pair < end_pair)
         row = tl.load(row_ptr + pair, mask=is_pair, other=0)
         is_pair = is_pair & (row < num_used)
-        value_ptr = rows_ptr + row[:, None] * WIDTH + columns[None, :]
+        value_ptr = rows_ptr + row[:, None] * width + columns[None, :]
         value = tl.load(value_ptr, mask=is_pair[:, None] & is_column[None, :], other=0.0).to(tl.float32)
         if WEIGHTED:
             value = value * tl.load(weight_ptr + pair, mask=is_pair, other=0.0)[:, None]
         acc += value
-    y_place_ptr = y_ptr + token.to(tl.int64)[:, None] * WIDTH + columns[None, :]
+    y_place_ptr = y_ptr + token.to(tl.int64)[:, None] * width + columns[None, :]
     tl.store(y_place_ptr, acc, mask=is_token[:, None] & is_column[None, :])

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .launch import Shape, launch, shapes
 from .schedule import Schedule, most_tiles, rows_of_a_tile
-from .tiles import locate, product, quarters
+from .tiles import locate, product, quarters, sigmoid
 
 
 def hidden_gradient(
@@ -59,14 +59,15 @@ def hidden_gradient(
             most_columns,
             *grad_y_TD.stride(),
             *w_out_EHD.stride(),
-            WIDTH=width,
-            HIDDEN=hidden,
+            width,
+            hidden,
+            cut={"inner": width, "columns": hidden},
             GATED=gated,
         )
     return grad_pre_NS, weighted_NH, partial_NC.sum(dim=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_experts", "most_columns"])
 def _hidden_gradient_kernel(
     grad_y_ptr,
     weight_ptr,
@@ -87,15 +88,17 @@ def _hidden_gradient_kernel(
     weight_stride_e,
     weight_stride_h,
     weight_stride_d,
-    WIDTH: tl.constexpr,
-    HIDDEN: tl.constexpr,
+    width,
+    hidden_size,
     GATED: tl.constexpr,
+    WHOLE_INNER: tl.constexpr,
+    WHOLE_COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    num_columns = tl.cdiv(HIDDEN, COLUMNS)
+    num_columns = tl.cdiv(hidden_size, COLUMNS)
     num_tiles = tl.load(first_tile_ptr + num_experts) * num_columns
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         expert, row, end_row, column_tile = locate(
@@ -105,14 +108,15 @@ def _hidden_gradient_kernel(
         is_row = rows < end_row
         read_rows = tl.minimum(rows, end_row - 1)
         columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-        is_column = (columns < HIDDEN) | (HIDDEN % COLUMNS == 0)
+        is_column = (columns < hidden_size) | WHOLE_COLUMNS
         grad_hidden = product(
             grad_y_ptr + tl.load(token_ptr + read_rows) * grad_y_stride_t,
             grad_y_stride_d,
             weight_ptr + expert * weight_stride_e + columns * weight_stride_h,
             weight_stride_d,
             is_column,
-            WIDTH,
+            width,
+            WHOLE_INNER,
             INNER,
             PRECISION,
         )
@@ -131,8 +135,9 @@ def _hidden_gradient_kernel(
                 rows,
                 is_row,
                 column_tile * COLUMNS + nth * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4),
-                HIDDEN,
+                hidden_size,
                 GATED,
+                WHOLE_COLUMNS,
             )
         tl.store(partial_ptr + pair * most_columns + column_tile, partial, mask=is_row)
 
@@ -147,24 +152,25 @@ def _store_gradients(
     rows,
     is_row,
     columns,
-    HIDDEN: tl.constexpr,
+    hidden_size,
     GATED: tl.constexpr,
+    WHOLE_COLUMNS: tl.constexpr,
 ):
     """Store what follows from the gradient of some columns; returns its products with the hidden rows."""
     gate_weight = gate_weight[:, None]
     place = rows.to(tl.int64)[:, None]
-    is_place = is_row[:, None] & (columns < HIDDEN)[None, :]
-    hidden_place = place * HIDDEN + columns[None, :]
+    is_place = is_row[:, None] & ((columns < hidden_size) | WHOLE_COLUMNS)[None, :]
+    hidden_place = place * hidden_size + columns[None, :]
     if GATED:
-        pre_place = place * (2 * HIDDEN) + columns[None, :]
+        pre_place = place * (2 * hidden_size) + columns[None, :]
         gate = tl.load(kept_ptr + pre_place, mask=is_place, other=0.0).to(tl.float32)
-        up = tl.load(kept_ptr + pre_place + HIDDEN, mask=is_place, other=0.0).to(tl.float32)
-        sigmoid = tl.sigmoid(gate)
-        hidden = gate * sigmoid * up
+        up = tl.load(kept_ptr + pre_place + hidden_size, mask=is_place, other=0.0).to(tl.float32)
+        part = sigmoid(gate)
+        silu = gate * part
+        hidden = silu * up
         grad_pre = gate_weight * grad_hidden
-        grad_gate = grad_pre * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-        tl.store(grad_pre_ptr + pre_place, grad_gate, mask=is_place)
-        tl.store(grad_pre_ptr + pre_place + HIDDEN, grad_pre * gate * sigmoid, mask=is_place)
+        tl.store(grad_pre_ptr + pre_place, grad_pre * up * (part + silu * (1.0 - part)), mask=is_place)
+        tl.store(grad_pre_ptr + pre_place + hidden_size, grad_pre * silu, mask=is_place)
     else:
         hidden = tl.load(kept_ptr + hidden_place, mask=is_place, other=0.0).to(tl.float32)
         grad_pre = tl.where(hidden <= 0.0, 0.0, gate_weight * grad_hidden)

@@ -1,7 +1,11 @@
 """How a product is launched: tile shapes worth trying, and the fastest of them for each kind of call."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +69,17 @@ _INTERPRETED = tuple(Shape(rows, 16, 16, warps=1, stages=1, programs=1) for rows
 _INTERPRETED_PROCESSORS = 2
 
 _fastest: dict[Any, Shape] = {}
+_in_all_shapes = ContextVar("_in_all_shapes", default=False)
+
+
+@contextmanager
+def in_all_shapes() -> Iterator[None]:
+    """Within, kernels are launched with each candidate in turn, and none is measured."""
+    token = _in_all_shapes.set(True)
+    try:
+        yield
+    finally:
+        _in_all_shapes.reset(token)
 
 
 def shapes(dtype: torch.dtype, rows: int) -> list[Shape]:
@@ -77,21 +92,31 @@ def shapes(dtype: torch.dtype, rows: int) -> list[Shape]:
 
 
 def launch(
-    kernel: Any, candidates: list[Shape], num_tiles: Callable[[Shape], int], *args: Any, **constants: Any
+    kernel: Any,
+    candidates: list[Shape],
+    num_tiles: Callable[[Shape], int],
+    *args: Any,
+    cut: dict[str, int],
+    **constants: Any,
 ) -> None:
-    """Run a kernel with the candidate that is fastest for these constants and dtypes, measured at first.
+    """Run a kernel with the candidate that is fastest for these sizes and dtypes, measured at first.
 
-    num_tiles: of all tiles, at most. While a CUDA graph is captured nothing can be measured: what was not
-    measured before runs with the first candidate.
+    num_tiles: of all tiles, at most. cut: sizes of the layer by the side of a tile, "rows", "columns" or
+    "inner", that cuts them; where it does so without a rest, as the kernel is told (`WHOLE_COLUMNS`), it
+    needs no mask there. While a CUDA graph is captured nothing can be measured: what was not measured before
+    runs with the first candidate.
     """
     device = next(arg.device for arg in args if isinstance(arg, Tensor))
     constants["PRECISION"] = _precision()
 
-    def run(shape: Shape) -> None:
+    def run(shape: Shape, warmup: bool = False) -> None:
         grid = min(num_tiles(shape), shape.programs * _processors(device))
-        kernel[(grid,)](
+        kernel.run(
             *args,
+            grid=(grid,),
+            warmup=warmup,
             **constants,
+            **{f"WHOLE_{side.upper()}": size % getattr(shape, side) == 0 for side, size in cut.items()},
             ROWS=shape.rows,
             COLUMNS=shape.columns,
             INNER=shape.inner,
@@ -100,22 +125,29 @@ def launch(
             maxnreg=shape.registers,
         )
 
+    if _in_all_shapes.get():
+        for shape in candidates:
+            run(shape)
+        return
     if len(candidates) == 1 or torch.cuda.is_current_stream_capturing():
         run(candidates[0])
         return
     dtypes = [arg.dtype for arg in args if isinstance(arg, Tensor)]
-    key = (kernel, device, tuple(candidates), *dtypes, *constants.values())
+    key = (kernel, device, tuple(candidates), *cut.values(), *dtypes, *constants.values())
     if key not in _fastest:
         _fastest[key] = _measure(kernel, candidates, run)
     run(_fastest[key])
 
 
-def _measure(kernel: Any, candidates: list[Shape], run: Callable[[Shape], None]) -> Shape:
+def _measure(kernel: Any, candidates: list[Shape], run: Callable[..., None]) -> Shape:
     """The fastest shape that the device has the resources for."""
+    with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
+        for shape in candidates:
+            run(shape, warmup=True)
     times = {}
     for shape in candidates:
         try:
-            times[shape] = triton.testing.do_bench(lambda shape=shape: run(shape), warmup=5, rep=30)
+            times[shape] = triton.testing.do_bench(partial(run, shape), warmup=5, rep=30)
         except OutOfResources:
             continue
     if not times:

@@ -29,15 +29,16 @@ def product_rows(left_NS: Tensor, weight_ESD: Tensor, schedule: Schedule) -> Ten
             *schedule,
             num_experts,
             *weight_ESD.stride(),
-            DEPTH=depth,
-            WIDTH=width,
+            depth,
+            width,
+            cut={"inner": depth, "columns": width},
             # Of the strides one is 1; which it is makes another kernel, with another fastest shape.
             TRANSPOSED=weight_ESD.stride(1) == 1,
         )
     return out_ND
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_experts"])
 def _rows_kernel(
     left_ptr,
     weight_ptr,
@@ -49,15 +50,17 @@ def _rows_kernel(
     weight_stride_e,
     weight_stride_s,
     weight_stride_d,
-    DEPTH: tl.constexpr,
-    WIDTH: tl.constexpr,
+    depth,
+    width,
     TRANSPOSED: tl.constexpr,
+    WHOLE_INNER: tl.constexpr,
+    WHOLE_COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    num_columns = tl.cdiv(WIDTH, COLUMNS)
+    num_columns = tl.cdiv(width, COLUMNS)
     num_tiles = tl.load(first_tile_ptr + num_experts) * num_columns
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         expert, row, end_row, column_tile = locate(
@@ -66,16 +69,17 @@ def _rows_kernel(
         rows = row + tl.arange(0, ROWS)
         left_rows = tl.minimum(rows, end_row - 1).to(tl.int64)
         columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-        is_column = (columns < WIDTH) | (WIDTH % COLUMNS == 0)
+        is_column = (columns < width) | WHOLE_COLUMNS
         acc = product(
-            left_ptr + left_rows * DEPTH,
+            left_ptr + left_rows * depth,
             1,
             weight_ptr + expert * weight_stride_e + columns * weight_stride_d,
             weight_stride_s,
             is_column,
-            DEPTH,
+            depth,
+            WHOLE_INNER,
             INNER,
             PRECISION,
         )
         is_place = (rows < end_row)[:, None] & is_column[None, :]
-        tl.store(out_ptr + rows.to(tl.int64)[:, None] * WIDTH + columns[None, :], acc, mask=is_place)
+        tl.store(out_ptr + rows.to(tl.int64)[:, None] * width + columns[None, :], acc, mask=is_place)

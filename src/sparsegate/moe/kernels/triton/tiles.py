@@ -2,7 +2,8 @@
 
 Kernels are persistent: as many programs as the device runs at once walk over the tiles in order. Tiles that
 are next to each other share operands, so that what one program reads from memory the others find in cache.
-Sizes that belong to a layer are constants of the kernel, numbers of tokens never.
+No size of a layer nor a number of tokens is a constant of a kernel, or each layer would wait for its own
+compilation; constant is only whether tiles cut a size without a rest (`WHOLE_`), which saves masks.
 """
 
 import triton
@@ -46,19 +47,20 @@ def product(
     weight_ptr,
     weight_stride,
     is_column,
-    DEPTH: tl.constexpr,
+    depth,
+    WHOLE_INNER: tl.constexpr,
     INNER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One tile of rows times an expert's matrix, accumulated in float32.
 
     left_ptr [rows], weight_ptr [columns]: where each row and each column begins; the strides lead along the
-    inner dimension, which is DEPTH long. is_column [columns]: false past the matrix's edge.
+    inner dimension, which is `depth` long. is_column [columns]: false past the matrix's edge.
     """
     acc = tl.zeros((left_ptr.shape[0], weight_ptr.shape[0]), dtype=tl.float32)
-    for start in range(0, DEPTH, INNER):
+    for start in range(0, depth, INNER):
         inner = start + tl.arange(0, INNER)
-        is_inner = (inner < DEPTH) | (DEPTH % INNER == 0)
+        is_inner = (inner < depth) | WHOLE_INNER
         left = tl.load(left_ptr[:, None] + inner[None, :] * left_stride, mask=is_inner[None, :], other=0.0)
         weight = tl.load(
             weight_ptr[None, :] + inner[:, None] * weight_stride,
@@ -76,6 +78,30 @@ def multiply_add(left, right, acc, PRECISION: tl.constexpr):
         # The interpreter would multiply the bits of bfloat16 as integers; in float32 the products are exact.
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)) in float32, to a few units in the last place, in few instructions.
+
+    Those of tl.sigmoid look after exponentials below 2^-126 and above 2^126; here they are 0 and infinity.
+    """
+    if _INTERPRETED:
+        return tl.sigmoid(x)
+    return tl.inline_asm_elementwise(
+        """{
+            .reg .f32 t;
+            mul.f32 t, $1, 0fBFB8AA3B;  // -1 / ln 2
+            ex2.approx.ftz.f32 t, t;
+            add.f32 t, t, 0f3F800000;  // 1
+            rcp.approx.ftz.f32 $0, t;
+        }""",
+        constraints="=f,f",
+        args=[x],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=1,
+    )
 
 
 @triton.jit

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .launch import Shape, launch, shapes
 from .schedule import Schedule, most_tiles, rows_of_a_tile
-from .tiles import locate, multiply_add, product
+from .tiles import locate, multiply_add, product, sigmoid
 
 
 def hidden_rows(
@@ -44,15 +44,16 @@ def hidden_rows(
             num_experts,
             *x_TD.stride(),
             *w_in_EDS.stride(),
-            WIDTH=width,
-            HIDDEN=hidden,
+            width,
+            hidden,
+            cut={"inner": width, "columns": hidden},
             GATED=gated,
-            KEEP=keep,
+            KEEP=gated and keep,
         )
     return hidden_NH, pre_NS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_experts"])
 def _up_kernel(
     x_ptr,
     weight_ptr,
@@ -68,16 +69,18 @@ def _up_kernel(
     weight_stride_e,
     weight_stride_d,
     weight_stride_s,
-    WIDTH: tl.constexpr,
-    HIDDEN: tl.constexpr,
+    width,
+    hidden_size,
     GATED: tl.constexpr,
     KEEP: tl.constexpr,
+    WHOLE_INNER: tl.constexpr,
+    WHOLE_COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    num_columns = tl.cdiv(HIDDEN, COLUMNS)
+    num_columns = tl.cdiv(hidden_size, COLUMNS)
     num_tiles = tl.load(first_tile_ptr + num_experts) * num_columns
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         expert, row, end_row, column_tile = locate(
@@ -87,7 +90,7 @@ def _up_kernel(
         # Past the expert's end its last row is read again: what is loaded is then never masked nor foreign.
         token = tl.load(token_ptr + tl.minimum(rows, end_row - 1))
         columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-        is_column = (columns < HIDDEN) | (HIDDEN % COLUMNS == 0)
+        is_column = (columns < hidden_size) | WHOLE_COLUMNS
         x_rows_ptr = x_ptr + token * x_stride_t
         columns_ptr = weight_ptr + expert * weight_stride_e + columns * weight_stride_s
         place = rows.to(tl.int64)[:, None]
@@ -97,24 +100,33 @@ def _up_kernel(
                 x_rows_ptr,
                 x_stride_d,
                 columns_ptr,
-                columns_ptr + HIDDEN * weight_stride_s,
+                columns_ptr + hidden_size * weight_stride_s,
                 weight_stride_d,
                 is_column,
-                WIDTH,
+                width,
+                WHOLE_INNER,
                 INNER,
                 PRECISION,
             )
             if KEEP:
-                pre_place_ptr = pre_ptr + place * (2 * HIDDEN) + columns[None, :]
+                pre_place_ptr = pre_ptr + place * (2 * hidden_size) + columns[None, :]
                 tl.store(pre_place_ptr, gate, mask=is_place)
-                tl.store(pre_place_ptr + HIDDEN, up, mask=is_place)
-            hidden = gate * tl.sigmoid(gate) * up
+                tl.store(pre_place_ptr + hidden_size, up, mask=is_place)
+            hidden = gate * sigmoid(gate) * up
         else:
             acc = product(
-                x_rows_ptr, x_stride_d, columns_ptr, weight_stride_d, is_column, WIDTH, INNER, PRECISION
+                x_rows_ptr,
+                x_stride_d,
+                columns_ptr,
+                weight_stride_d,
+                is_column,
+                width,
+                WHOLE_INNER,
+                INNER,
+                PRECISION,
             )
             hidden = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(hidden_ptr + place * HIDDEN + columns[None, :], hidden, mask=is_place)
+        tl.store(hidden_ptr + place * hidden_size + columns[None, :], hidden, mask=is_place)
 
 
 @triton.jit
@@ -125,16 +137,17 @@ def _paired_products(
     up_ptr,
     weight_stride,
     is_column,
-    DEPTH: tl.constexpr,
+    depth,
+    WHOLE_INNER: tl.constexpr,
     INNER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """`product` with two matrices at a time, so that the rows are gathered once."""
     gate_acc = tl.zeros((left_ptr.shape[0], gate_ptr.shape[0]), dtype=tl.float32)
     up_acc = tl.zeros((left_ptr.shape[0], gate_ptr.shape[0]), dtype=tl.float32)
-    for start in range(0, DEPTH, INNER):
+    for start in range(0, depth, INNER):
         inner = start + tl.arange(0, INNER)
-        is_inner = (inner < DEPTH) | (DEPTH % INNER == 0)
+        is_inner = (inner < depth) | WHOLE_INNER
         left = tl.load(left_ptr[:, None] + inner[None, :] * left_stride, mask=is_inner[None, :], other=0.0)
         offset = inner[:, None] * weight_stride
         is_weight = is_inner[:, None] & is_column[None, :]

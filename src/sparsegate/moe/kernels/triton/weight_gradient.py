@@ -18,8 +18,8 @@ def weight_gradient(
     """
     num_experts = first_row_E1.shape[0] - 1
     out = left.new_empty(num_experts, left.shape[1], right.shape[1])
-    if not out.numel():
-        return out
+    if not token_N.shape[0] or not out.numel():
+        return out.zero_()
     launch(
         _weight_gradient_kernel,
         _candidates(left, token_N.shape[0] / num_experts),
@@ -34,8 +34,9 @@ def weight_gradient(
         num_experts,
         *left.stride(),
         *right.stride(),
-        LEFT=left.shape[1],
-        RIGHT=right.shape[1],
+        left.shape[1],
+        right.shape[1],
+        cut={"rows": left.shape[1], "columns": right.shape[1]},
         GATHER_LEFT=gather_left,
     )
     return out
@@ -48,7 +49,7 @@ def _candidates(left: Tensor, mean_rows: float) -> list[Shape]:
     return list(dict.fromkeys(shape._replace(inner=min(shape.inner, inner)) for shape in candidates))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_experts"])
 def _weight_gradient_kernel(
     left_ptr,
     right_ptr,
@@ -60,46 +61,52 @@ def _weight_gradient_kernel(
     left_stride_d,
     right_stride_n,
     right_stride_d,
-    LEFT: tl.constexpr,
-    RIGHT: tl.constexpr,
+    left_size,
+    right_size,
     GATHER_LEFT: tl.constexpr,
+    WHOLE_ROWS: tl.constexpr,
+    WHOLE_COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    num_rows = tl.cdiv(LEFT, ROWS)
-    num_columns = tl.cdiv(RIGHT, COLUMNS)
+    num_rows = tl.cdiv(left_size, ROWS)
+    num_columns = tl.cdiv(right_size, COLUMNS)
     tiles_of_expert = num_rows * num_columns
     for tile in range(tl.program_id(0), num_experts * tiles_of_expert, tl.num_programs(0)):
         expert = tile // tiles_of_expert
         row_tile, column_tile = in_groups(tile % tiles_of_expert, num_rows, num_columns)
         left_columns = row_tile * ROWS + tl.arange(0, ROWS)
         right_columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-        is_left = (left_columns < LEFT) | (LEFT % ROWS == 0)
-        is_right = (right_columns < RIGHT) | (RIGHT % COLUMNS == 0)
+        is_left = (left_columns < left_size) | WHOLE_ROWS
+        is_right = (right_columns < right_size) | WHOLE_COLUMNS
         first_row = tl.load(first_row_ptr + expert)
         end_row = tl.load(first_row_ptr + expert + 1)
         acc = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-        # One step ahead by hand: loads that wait for a load of their own step are not pipelined well.
+        # One step ahead by hand: loads that wait for a load of their own step are not pipelined well. Past
+        # the expert's end its last token is gathered again, and counts for nothing: the other side is 0.
+        last_row = tl.maximum(end_row - 1, 0)
         next_rows = first_row + tl.arange(0, INNER)
-        next_tokens = tl.load(token_ptr + next_rows, mask=next_rows < end_row, other=0)
+        next_tokens = tl.load(token_ptr + tl.minimum(next_rows, last_row)).to(tl.int32)
         for _ in range(first_row, end_row, INNER):
-            rows, tokens, is_row = next_rows, next_tokens, next_rows < end_row
+            rows, tokens, is_row = next_rows.to(tl.int64), next_tokens.to(tl.int64), next_rows < end_row
             next_rows += INNER
-            next_tokens = tl.load(token_ptr + next_rows, mask=next_rows < end_row, other=0)
-            left_rows = tokens if GATHER_LEFT else rows.to(tl.int64)
-            right_rows = rows.to(tl.int64) if GATHER_LEFT else tokens
+            next_tokens = tl.load(token_ptr + tl.minimum(next_rows, last_row)).to(tl.int32)
             left = tl.load(
-                left_ptr + left_rows[None, :] * left_stride_n + left_columns[:, None] * left_stride_d,
-                mask=is_row[None, :] & is_left[:, None],
+                left_ptr
+                + (tokens if GATHER_LEFT else rows)[None, :] * left_stride_n
+                + left_columns[:, None] * left_stride_d,
+                mask=(is_row | GATHER_LEFT)[None, :] & is_left[:, None],
                 other=0.0,
             )
             right = tl.load(
-                right_ptr + right_rows[:, None] * right_stride_n + right_columns[None, :] * right_stride_d,
-                mask=is_row[:, None] & is_right[None, :],
+                right_ptr
+                + (rows if GATHER_LEFT else tokens)[:, None] * right_stride_n
+                + right_columns[None, :] * right_stride_d,
+                mask=(is_row | (not GATHER_LEFT))[:, None] & is_right[None, :],
                 other=0.0,
             )
             acc = multiply_add(left, right, acc, PRECISION)
-        place = (expert.to(tl.int64) * LEFT + left_columns[:, None]) * RIGHT + right_columns[None, :]
-        tl.store(out_ptr + place, acc, mask=is_left[:, None] & is_right[None, :])
+        out_rows_ptr = out_ptr + (expert.to(tl.int64) * left_size + left_columns)[:, None] * right_size
+        tl.store(out_rows_ptr + right_columns[None, :], acc, mask=is_left[:, None] & is_right[None, :])
