@@ -1,5 +1,6 @@
 import json
 import subprocess
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,14 @@ def test_the_commit_is_told_of_a_tracked_file_alone(tmp_path: Path, monkeypatch:
     assert measuring._commit(installed) is None
     monkeypatch.setenv("PATH", str(tmp_path))  # no git at all
     assert measuring._commit(tracked) is None
+
+
+def test_a_checkout_that_is_not_installed_has_no_version(monkeypatch):
+    def absent(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(measuring, "version", absent)
+    assert circumstances()["version"] is None
 
 
 def test_what_is_stored_can_be_read_and_nothing_is_infinite(tmp_path: Path):

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,13 @@ def median_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> fl
 
 
 def circumstances() -> dict[str, Any]:
-    """What a figure depends on, beside the code; `commit` is None outside a checkout of this project."""
+    """What a figure depends on, beside the code.
+
+    `commit` is None outside a checkout of this project, `version` in a checkout that is not installed.
+    """
     return {
         "command": _command(sys.orig_argv),
-        "version": version("sparsegate"),
+        "version": _version(),
         "commit": _commit(Path(__file__)),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -81,6 +84,13 @@ def _command(argv: Sequence[str]) -> str:
     if words and not words[0].startswith("-"):
         return " ".join([Path(words[0]).name, *words[1:]])
     return " ".join([Path(interpreter).name, *words])
+
+
+def _version() -> str | None:
+    try:
+        return version("sparsegate")
+    except PackageNotFoundError:
+        return None
 
 
 def _commit(file: Path) -> str | None:
