@@ -27,6 +27,7 @@ from benchmarks.gpu_contestants import CONTESTANTS, Built, Case, Operands, opera
 from sparsegate.benchmarking.measuring import circumstances, markdown
 from sparsegate.moe.kernels import reference
 from sparsegate.moe.kernels.grouped import grouped_product, grouped_products
+from sparsegate.moe.kernels.noisy_choice import equations
 
 _SONIC = [
     (40960, 768, [(256, 128, 8), (512, 64, 4), (1024, 32, 2)]),
@@ -110,6 +111,27 @@ def check_groups(device: str, dtype: torch.dtype) -> float:
     founds += torch.autograd.grad(alone, leaves[1], grad[:, :48].to(dtype))
     expecteds = expected, *torch.autograd.grad(expected, wide, grad)
     return max(map(_error, founds, (*expecteds, expecteds[2])))
+
+
+def check_choice(device: str) -> float:
+    """As `check`, of the noisy choice and its gradients, against the equations for what was chosen."""
+    from sparsegate.moe.kernels.triton.noisy_choice import _forward
+
+    logits_NS = torch.randn(300, 400, device=device).requires_grad_()
+    noise_NB = torch.randn(300, 200, device=device).requires_grad_()
+    *values, expert_NK1 = _forward(logits_NS, noise_NB, None, 1, 4, 0.01)
+    choice = equations(
+        logits_NS, noise_NB, None, num_groups=1, k=4, noise_epsilon=0.01, chosen_NK1=expert_NK1
+    )
+    results = []
+    for each in (values, [choice.weight_NK, choice.load_AB, *choice.logit_sums]):
+        grads = torch.autograd.grad([value.square().sum() for value in each], [logits_NS, noise_NB])
+        results.append([*each, *grads])
+    found, expected = results
+    noisy_NB = logits_NS[:, :200] + noise_NB * (torch.nn.functional.softplus(logits_NS[:, 200:]) + 0.01)
+    found.append(noisy_NB.gather(1, expert_NK1))
+    expected.append(noisy_NB.topk(5, dim=1).values)
+    return max(map(_error, found, expected))
 
 
 def captured(name: str, case: Case) -> bool:
@@ -216,6 +238,10 @@ def main() -> int:
         print(f"grouped products, {dtype}: error {error:.1e} of the greatest value")
         if error > most:
             raise SystemExit("benchmarks.gpu: the grouped products are wrong on this device")
+    error = check_choice("cuda")
+    print(f"noisy choice: error {error:.1e} of the greatest value")
+    if error > 1e-3:
+        raise SystemExit("benchmarks.gpu: the noisy choice is wrong on this device")
     graph = {name: captured(name, Case(4096, 512, 1024, 256, 4, "relu")) for name in LAYERS}
     for name, is_captured in graph.items():
         print(f"a step of {name} {'is' if is_captured else 'cannot be'} captured in a CUDA graph")

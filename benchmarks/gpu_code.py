@@ -2,12 +2,12 @@
 
     python -m benchmarks.gpu_code
 
-The kernels of one step of experts in bfloat16, forward and backward, in every tile shape that is tried; what
-two cases share stands there once. *shared*: KiB of a program; *registers* of a thread; *local*: bytes that it
-keeps in memory because they do not suffice. *together*: programs that a multiprocessor holds at once, 0 if
-not even one. *code*: instructions; *loop*: those of the innermost loop that multiplies; *product*: by which
-instruction, *products*: how many of them; *copies*: loads that go on beside them; *spills*: loads and stores
-of what the registers do not hold.
+The kernels of one step of experts in bfloat16, forward and backward, in every tile shape that is tried, and
+of their gate's choice; what two cases share stands there once. *shared*: KiB of a program; *registers* of a
+thread; *local*: bytes that it keeps in memory because they do not suffice. *together*: programs that a
+multiprocessor holds at once, 0 if not even one. *code*: instructions; *loop*: those of the innermost loop
+that multiplies; *product*: by which instruction, *products*: how many of them; *copies*: loads that go on
+beside them; *spills*: loads and stores of what the registers do not hold.
 """
 
 import argparse
@@ -29,7 +29,9 @@ import triton
 from benchmarks import RESULTS
 from benchmarks.gpu_contestants import Case, ours, untouched
 from sparsegate.benchmarking.measuring import circumstances, markdown, store
+from sparsegate.moe.kernels.choice import MOST_CHOSEN_FROM
 from sparsegate.moe.kernels.triton.ahead import Compiled, compiled_for
+from sparsegate.moe.kernels.triton.noisy_choice import noisy_choice
 
 CASES = [
     Case(65536, 512, 1024, 256, 4, "relu"),
@@ -81,9 +83,11 @@ def side_by_side(look: Callable[[Case], _Found], cases: Sequence[Case]) -> Itera
 
 
 def compiled_case(case: Case, capability: int, dtype: torch.dtype = torch.bfloat16) -> list[Compiled]:
-    """The kernels of forward and backward, and those of forward alone where they are others."""
+    """The kernels of forward and backward, those of forward alone where they are others, and the gate's."""
 
     def call() -> None:
+        if case.k < case.experts <= MOST_CHOSEN_FROM:
+            choose(case)
         built = ours(case, untouched(case, dtype))
         with torch.no_grad():
             built.call()
@@ -91,6 +95,15 @@ def compiled_case(case: Case, capability: int, dtype: torch.dtype = torch.bfloat
         torch.autograd.grad(y_TD, built.leaves, torch.empty_like(y_TD))
 
     return compiled_for(capability, call)
+
+
+def choose(case: Case) -> None:
+    """A noisy gate's choice and its gradient, of numbers that were never written."""
+    logits_NS = torch.empty(case.tokens, 2 * case.experts).requires_grad_()
+    noise_NB = torch.empty(case.tokens, case.experts)
+    choice = noisy_choice(logits_NS, noise_NB, None, num_groups=1, k=case.k, noise_epsilon=0.0)
+    values = [choice.weight_NK, choice.load_AB, *choice.logit_sums]
+    torch.autograd.grad(values, logits_NS, [torch.empty_like(value) for value in values])
 
 
 def code_of(compiled: Compiled, capability: int) -> Code:

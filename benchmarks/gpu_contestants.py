@@ -21,6 +21,7 @@ from sparsegate.moe.experts.swiglu import SwiGLU
 from sparsegate.moe.gating.gate import Gate
 from sparsegate.moe.gating.noisy_topk import NoisyTopK
 from sparsegate.moe.kernels import reference
+from sparsegate.moe.kernels.choice import MOST_CHOSEN_FROM
 from sparsegate.moe.routing import LogitSums, Routing
 
 
@@ -139,7 +140,8 @@ def ours(case: Case, given: Operands) -> Built:
 
 def our_layer(case: Case, given: Operands) -> Built:
     """Noisy top-k and both losses around the same kernels; its gate chooses for itself."""
-    gate = NoisyTopK(width=case.width, num_experts=case.experts, k=case.k, **_like(given))
+    kernel = "triton" if case.experts <= MOST_CHOSEN_FROM else None
+    gate = NoisyTopK(width=case.width, num_experts=case.experts, k=case.k, kernel=kernel, **_like(given))
     return _layer(gate, case, given)
 
 

@@ -66,7 +66,7 @@ class Hierarchical(Gate):
         k_primary: groups per token. k_secondary: experts per token in each of these groups. noise_epsilon:
         added to the noise's standard deviation at both levels. kernel: of the groups' products; None: "loop",
         which on a GPU makes one after the other, where the host waits for the counts; "triton" waits for
-        nothing, and has not run on a device yet.
+        nothing, chooses groups in one pass, and has not run on a device yet.
         """
         require_hierarchy(
             num_experts=num_experts, num_groups=num_groups, k_primary=k_primary, k_secondary=k_secondary
@@ -77,6 +77,7 @@ class Hierarchical(Gate):
                 num_experts=num_groups,
                 k=k_primary,
                 noise_epsilon=noise_epsilon,
+                kernel="triton" if kernel == "triton" else None,
                 device=device,
                 dtype=dtype,
             ),

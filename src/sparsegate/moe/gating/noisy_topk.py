@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import noisy_choice, threaded_choice
+from ..kernels.choice import noisy_choice_kernel
 from ..kernels.noisy_choice import Choice
 from ..precision import autocast_off
 from ..routing import Routing, only_group, sums_of_logits
@@ -19,7 +19,9 @@ class NoisyTopK(Gate):
     gradient; only the balance losses train it.
 
     width: of the input. k: experts per token. noise_epsilon: added to the noise's standard deviation (the
-    paper: 0; the authors' published code: 0.01).
+    paper: 0; the authors' published code: 0.01). kernel: of the choice in training; None: "threaded" on the
+    CPU, elsewhere "equations"; "triton" does it in one pass on a GPU, and has not run on a device yet. Where
+    every expert is chosen there is none.
     """
 
     def __init__(
@@ -29,6 +31,7 @@ class NoisyTopK(Gate):
         num_experts: int,
         k: int,
         noise_epsilon: float = 0.0,
+        kernel: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -38,6 +41,7 @@ class NoisyTopK(Gate):
         self.num_experts = self.noise_width = num_experts
         self.pairs_per_token = k
         self.noise_epsilon = noise_epsilon
+        self.kernel = kernel
         self.w_gate = nn.Parameter(torch.empty(width, num_experts, device=device, dtype=dtype))
         self.w_noise = nn.Parameter(torch.empty(width, num_experts, device=device, dtype=dtype))
         self.reset_parameters()
@@ -67,6 +71,7 @@ class NoisyTopK(Gate):
                     num_groups=1,
                     k=self.pairs_per_token,
                     noise_epsilon=self.noise_epsilon,
+                    kernel=self.kernel,
                 )
             else:
                 logits_TE = x_TD @ self.w_gate.to(x_TD.dtype)
@@ -88,14 +93,16 @@ def choose_by_noisy_logits(
     num_groups: int,
     k: int,
     noise_epsilon: float,
+    kernel: str | None = None,
 ) -> Choice:
     """Eq. 3 to 5, and 8 to 10: the arguments are those of `noisy_choice.equations`, but k may be B as well.
 
-    group_N ascends where there are several groups.
+    group_N ascends where there are several groups. kernel: as of `noisy_choice_kernel`; "triton" takes one
+    group.
     """
     if k < noise_NB.shape[1]:
-        kernel = threaded_choice.noisy_choice if noise_NB.is_cpu else noisy_choice.equations
-        return kernel(logits_NS, noise_NB, group_N, num_groups=num_groups, k=k, noise_epsilon=noise_epsilon)
+        compute = noisy_choice_kernel(kernel, noise_NB.device.type, noise_NB.dtype, noise_NB.shape[1])
+        return compute(logits_NS, noise_NB, group_N, num_groups=num_groups, k=k, noise_epsilon=noise_epsilon)
     clean_NB, raw_std_NB = logits_NS.chunk(2, dim=1)
     noisy_NB = clean_NB + noise_NB * (F.softplus(raw_std_NB) + noise_epsilon)
     choice = choose(noisy_NB, group_N, num_groups=num_groups, k=k)

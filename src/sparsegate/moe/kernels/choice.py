@@ -1,4 +1,4 @@
-"""Which kernel computes stacked experts: one table, in the order of preference."""
+"""Which kernel computes stacked experts: one table, in the order of preference. And which a gate's choice."""
 
 import logging
 from collections.abc import Callable
@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Plan
-from . import threaded, unfused
+from . import noisy_choice, threaded, threaded_choice, unfused
 from .activations import ActivationName
 from .grouped import grouped_product
 from .grouped_mm import grouped_mm_product
 from .sink import GradientSink, with_whole_gradients
 
 _LOG = logging.getLogger(__name__)
+
+MOST_CHOSEN_FROM = 4096  # experts, of which a row fits into the registers of a program on a GPU
 
 
 class FeedForwardKernel(Protocol):
@@ -39,6 +41,21 @@ class FeedForwardKernel(Protocol):
         dtype: torch.dtype | None = None,
         sink: GradientSink | None = None,
     ) -> Tensor: ...
+
+
+class NoisyChoiceKernel(Protocol):
+    """The function that every kernel of the noisy choice is; `noisy_choice.equations` tells its arguments."""
+
+    def __call__(
+        self,
+        logits_NS: Tensor,
+        noise_NB: Tensor,
+        group_N: Tensor | None,
+        *,
+        num_groups: int,
+        k: int,
+        noise_epsilon: float,
+    ) -> noisy_choice.Choice: ...
 
 
 class Setting(NamedTuple):
@@ -107,6 +124,43 @@ def grouped_kernel(name: str | None, *setting: Any) -> str:
     return name
 
 
+def noisy_choice_kernel(name: str | None, *setting: Any) -> NoisyChoiceKernel:
+    """The kernel of a noisy gate's choice.
+
+    name: "threaded", "equations", or "triton"; None: "threaded" on the CPU, elsewhere "equations". setting:
+    device type, dtype of the logits, and experts to choose from. ValueError: another name, or one that does
+    not suit.
+    """
+    match _choice_kernel_name(name, *setting):
+        case "threaded":
+            return threaded_choice.noisy_choice
+        case "triton":
+            from .triton import noisy_choice as fused  # triton is no dependency: imported by who chose it
+
+            return fused.noisy_choice
+    return noisy_choice.equations
+
+
+@torch.compiler.assume_constant_result
+def _choice_kernel_name(name: str | None, device: str, dtype: torch.dtype, num_experts: int) -> str:
+    first = "threaded" if device == "cpu" else "equations"
+    if name in (None, first, "equations"):
+        return name or first
+    if name == "threaded":
+        reason = f"is for the CPU, not for {device}"
+    elif name != "triton":
+        raise ValueError(f"kernel ({name!r}) must be one of threaded, equations, triton")
+    elif dtype == torch.float64:
+        reason = f"does not compute in {dtype}"
+    elif num_experts > MOST_CHOSEN_FROM:
+        reason = f"chooses from at most {MOST_CHOSEN_FROM:,} experts, not {num_experts:,}"
+    else:
+        reason = _without_triton(device)
+    if reason is not None:
+        raise ValueError(f"kernel ({name!r}) {reason}: {first!r} can be used")
+    return "triton"
+
+
 def _threaded_unsuited(setting: Setting) -> str | None:
     return None if setting.device == "cpu" else f"is for the CPU, not for {setting.device}"
 
@@ -124,10 +178,14 @@ def _grouped_mm_unsuited(setting: Setting) -> str | None:
 
 
 def _triton_unsuited(setting: Setting) -> str | None:
-    if setting.device != "cuda":
-        return f"is for CUDA devices, not for {setting.device}"
     if setting.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"does not compute in {setting.dtype}"
+    return _without_triton(setting.device)
+
+
+def _without_triton(device: str) -> str | None:
+    if device != "cuda":
+        return f"is for CUDA devices, not for {device}"
     if find_spec("triton") is None:
         return "needs triton, which is not installed"
     return None

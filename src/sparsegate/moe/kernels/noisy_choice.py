@@ -1,15 +1,18 @@
 """The choice of noisy top-k gating, and what the balance losses ask about it (eq. 3 to 5 and 8 to 10).
 
-`equations` is how it reads; on the CPU `threaded_choice` takes its place, whose temporaries are small.
+`equations` is how it reads. Operators do the same with small temporaries: `threaded_choice` on the CPU,
+`triton/noisy_choice.py` on GPUs. What they share is here: `choice_of`, and derivatives by `differentiate`.
 """
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..routing import LogitSums, sum_by_group, sums_of_logits
+from .higher_order import gradients_through
 
 # Where softplus underflows, the quotient of eq. 9 and its gradient must stay finite: P is then 0 or 1.
 SMALLEST_STD = 1e-12
@@ -76,3 +79,113 @@ def probability_in_topk(clean_TE: Tensor, std_TE: Tensor, top_TK1: Tensor, chose
     chosen_TE = torch.zeros_like(clean_TE, dtype=torch.bool).scatter(1, chosen_TK, True)
     threshold_TE = torch.where(chosen_TE, best_left_out_T1, worst_kept_T1)
     return torch.special.ndtr((clean_TE - threshold_TE) / std_TE.clamp_min(SMALLEST_STD))
+
+
+def choice_of(
+    forward: Any,
+    logits_NS: Tensor,
+    noise_NB: Tensor,
+    group_N: Tensor | None,
+    num_groups: int,
+    k: int,
+    noise_epsilon: float,
+) -> Choice:
+    """What an operator chooses, whose arguments are those of `equations`."""
+    weight_NK, load_AB, probability_AB, z, expert_NK1 = forward(
+        logits_NS, noise_NB, group_N, num_groups, k, noise_epsilon
+    )
+    return Choice(expert_NK1[:, :k], weight_NK, LogitSums(probability_AB, z), load_AB)
+
+
+def differentiate(forward: Any, backward: Any) -> None:
+    """Register shapes and derivatives of an operator, whose own backward pass is another operator.
+
+    forward: the arguments of `choice_of`; returns the weights of k experts for each row, the sums of the
+    load, of the softmax, of the squared log-sum-exp, and the k + 1 best experts. backward: the gradients of
+    the first four, None where nothing depends on one; the three inputs, the experts and the weights;
+    num_groups, noise_epsilon, and whether the noise needs a gradient. It returns the gradients of logits and
+    noise. Second derivatives take the way of the equations.
+    """
+    forward.register_fake(_fake_forward)
+    backward.register_fake(_fake_backward)
+    forward.register_autograd(partial(_autograd_backward, backward), setup_context=_setup_context)
+
+
+def _fake_forward(
+    logits_NS: Tensor,
+    noise_NB: Tensor,
+    group_N: Tensor | None,
+    num_groups: int,
+    k: int,
+    noise_epsilon: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    num_rows, num_experts = noise_NB.shape
+    return (
+        logits_NS.new_empty(num_rows, k),
+        logits_NS.new_empty(num_groups, num_experts),
+        logits_NS.new_empty(num_groups, num_experts),
+        logits_NS.new_empty(()),
+        logits_NS.new_empty(num_rows, k + 1, dtype=torch.int64),
+    )
+
+
+def _fake_backward(
+    grad_weight_NK: Tensor | None,
+    grad_load_AB: Tensor | None,
+    grad_probability_AB: Tensor | None,
+    grad_z: Tensor | None,
+    logits_NS: Tensor,
+    noise_NB: Tensor,
+    group_N: Tensor | None,
+    expert_NK1: Tensor,
+    weight_NK: Tensor,
+    num_groups: int,
+    noise_epsilon: float,
+    needs_noise: bool,
+) -> tuple[Tensor, Tensor]:
+    num_rows, num_experts = noise_NB.shape
+    return (
+        logits_NS.new_empty(num_rows, 2 * num_experts),
+        noise_NB.new_empty(num_rows if needs_noise else 0, num_experts),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits_NS, noise_NB, group_N, ctx.num_groups, ctx.k, ctx.noise_epsilon = inputs
+    ctx.save_for_backward(logits_NS, noise_NB, group_N, output[0], output[4])
+    ctx.mark_non_differentiable(output[4])
+    ctx.set_materialize_grads(False)
+
+
+def _autograd_backward(backward: Any, ctx: Any, *all_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    *grads, _ = all_grads
+    logits_NS, noise_NB, group_N, weight_NK, expert_NK1 = ctx.saved_tensors
+    needs, rest = ctx.needs_input_grad[:2], (None,) * 4
+    if not torch.is_grad_enabled():
+        found = backward(
+            *grads,
+            logits_NS,
+            noise_NB,
+            group_N,
+            expert_NK1,
+            weight_NK,
+            ctx.num_groups,
+            ctx.noise_epsilon,
+            needs[1],
+        )
+        return *(grad if needed else None for grad, needed in zip(found, needs, strict=True)), *rest
+
+    # Derivatives of this backward are wanted: by operators that have them.
+    def function(logits_NS: Tensor, noise_NB: Tensor) -> tuple[Tensor | None, ...]:
+        choice = equations(
+            logits_NS,
+            noise_NB,
+            group_N,
+            num_groups=ctx.num_groups,
+            k=ctx.k,
+            noise_epsilon=ctx.noise_epsilon,
+            chosen_NK1=expert_NK1,
+        )
+        return choice.weight_NK, choice.load_AB, *choice.logit_sums
+
+    return *gradients_through(function, (logits_NS, noise_NB), needs, grads), *rest

@@ -6,16 +6,14 @@ equations.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..routing import LogitSums
-from .higher_order import gradients_through
 from .memory import recycled_empty
-from .noisy_choice import SMALLEST_STD, Choice, equations
+from .noisy_choice import SMALLEST_STD, Choice, choice_of, differentiate
 from .workers import in_parallel
 
 # What a temporary has at most, so that several fit into a core's caches; but for very many experts.
@@ -37,10 +35,7 @@ def noisy_choice(
     noise_epsilon: float,
 ) -> Choice:
     """The arguments are those of `equations`; with several groups, group_N ascends."""
-    weight_NK, load_AB, probability_AB, z, expert_NK1 = _forward(
-        logits_NS, noise_NB, group_N, num_groups, k, noise_epsilon
-    )
-    return Choice(expert_NK1[:, :k], weight_NK, LogitSums(probability_AB, z), load_AB)
+    return choice_of(_forward, logits_NS, noise_NB, group_N, num_groups, k, noise_epsilon)
 
 
 class _Segment(NamedTuple):
@@ -312,86 +307,4 @@ def _within(outer: slice, inner: slice) -> slice:
     return slice(inner.start - outer.start, inner.stop - outer.start)
 
 
-@_forward.register_fake
-def _(
-    logits_NS: Tensor,
-    noise_NB: Tensor,
-    group_N: Tensor | None,
-    num_groups: int,
-    k: int,
-    noise_epsilon: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    num_rows, num_experts = noise_NB.shape
-    return (
-        logits_NS.new_empty(num_rows, k),
-        logits_NS.new_empty(num_groups, num_experts),
-        logits_NS.new_empty(num_groups, num_experts),
-        logits_NS.new_empty(()),
-        logits_NS.new_empty(num_rows, k + 1, dtype=torch.int64),
-    )
-
-
-@_backward.register_fake
-def _(
-    grad_weight_NK: Tensor | None,
-    grad_load_AB: Tensor | None,
-    grad_probability_AB: Tensor | None,
-    grad_z: Tensor | None,
-    logits_NS: Tensor,
-    noise_NB: Tensor,
-    group_N: Tensor | None,
-    expert_NK1: Tensor,
-    weight_NK: Tensor,
-    num_groups: int,
-    noise_epsilon: float,
-    needs_noise: bool,
-) -> tuple[Tensor, Tensor]:
-    num_rows, num_experts = noise_NB.shape
-    return (
-        logits_NS.new_empty(num_rows, 2 * num_experts),
-        noise_NB.new_empty(num_rows if needs_noise else 0, num_experts),
-    )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits_NS, noise_NB, group_N, ctx.num_groups, ctx.k, ctx.noise_epsilon = inputs
-    ctx.save_for_backward(logits_NS, noise_NB, group_N, output[0], output[4])
-    ctx.mark_non_differentiable(output[4])
-    ctx.set_materialize_grads(False)
-
-
-def _autograd_backward(ctx: Any, *all_grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    *grads, _ = all_grads
-    logits_NS, noise_NB, group_N, weight_NK, expert_NK1 = ctx.saved_tensors
-    needs, rest = ctx.needs_input_grad[:2], (None,) * 4
-    if not torch.is_grad_enabled():
-        found = _backward(
-            *grads,
-            logits_NS,
-            noise_NB,
-            group_N,
-            expert_NK1,
-            weight_NK,
-            ctx.num_groups,
-            ctx.noise_epsilon,
-            needs[1],
-        )
-        return *(grad if needed else None for grad, needed in zip(found, needs, strict=True)), *rest
-
-    # Derivatives of this backward are wanted: by operators that have them.
-    def function(logits_NS: Tensor, noise_NB: Tensor) -> tuple[Tensor | None, ...]:
-        choice = equations(
-            logits_NS,
-            noise_NB,
-            group_N,
-            num_groups=ctx.num_groups,
-            k=ctx.k,
-            noise_epsilon=ctx.noise_epsilon,
-            chosen_NK1=expert_NK1,
-        )
-        return choice.weight_NK, choice.load_AB, *choice.logit_sums
-
-    return *gradients_through(function, (logits_NS, noise_NB), needs, grads), *rest
-
-
-_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+differentiate(_forward, _backward)

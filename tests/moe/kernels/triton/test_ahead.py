@@ -39,6 +39,9 @@ def by_call(kernels: dict[str, Kernel]) -> list[list[Kernel]]:
 def test_on_hopper_four_warps_multiply_together_while_loads_go_on(activation, tmp_path):
     cases = [f"4096,1024,512,16,4,{activation}", f"8192,2048,1024,64,8,{activation}"]
     first, other = compiled(90, "bfloat16", *cases, cache=tmp_path)
+    choices = [code for name, _, code in first.values() if name.startswith("_choice")]
+    assert len(choices) == 2
+    assert all(code["together"] and not code["local"] for code in choices)
     calls = by_call(first)
     assert len(calls) >= 6  # first product, second, gradients of hidden rows, of input and of both weights
     for name, constants, code in (each for call in calls for each in call):
@@ -48,9 +51,11 @@ def test_on_hopper_four_warps_multiply_together_while_loads_go_on(activation, tm
         assert code["products"] >= constants["INNER"] // 16, told
         assert code["copies"] >= 4, told
         assert code["spills"] == 0, told
-    # What was compiled for one layer serves another: sizes are no constants. Pairs of a token are.
+    # What was compiled for one layer serves another: its sizes are no constants.
     assert set(map(str, by_call(other))) == set(map(str, calls))
-    assert {key for key, (name, *_) in other.items() if "gather_sum" not in name} <= first.keys()
+    assert {
+        key for key, (name, *_) in other.items() if "gather" not in name and "choice" not in name
+    } <= first.keys()
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [(80, "bfloat16"), (90, "float32")])

@@ -55,6 +55,15 @@ def test_its_check_of_grouped_products_passes_and_finds_wrong_ones(monkeypatch):
     assert gpu.check_groups(DEVICE, torch.float32) > 1e-3
 
 
+def test_its_check_of_the_choice_passes_and_finds_a_wrong_one(monkeypatch):
+    assert gpu.check_choice(DEVICE) < 1e-4
+    right = gpu.equations
+    monkeypatch.setattr(
+        gpu, "equations", lambda *args, **options: right(*args, **{**options, "noise_epsilon": 0.02})
+    )
+    assert gpu.check_choice(DEVICE) > 1e-3
+
+
 def test_operations_are_counted_by_the_formula():
     assert Case(10, 6, 5, 3, 2, "swiglu").ops() == 6 * 10 * 6 * 5 * 2
 

@@ -110,7 +110,7 @@ def launch(
     constants["PRECISION"] = _precision()
 
     def run(shape: Shape, warmup: bool = False) -> None:
-        grid = min(num_tiles(shape), shape.programs * _processors(device))
+        grid = min(num_tiles(shape), shape.programs * processors(device))
         kernel.run(
             *args,
             grid=(grid,),
@@ -157,7 +157,7 @@ def _measure(kernel: Any, candidates: list[Shape], run: Callable[..., None]) -> 
     return fastest
 
 
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return _INTERPRETED_PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
