@@ -78,7 +78,7 @@ def main() -> None:
 def side_by_side(look: Callable[[Case], _Found], cases: Sequence[Case]) -> Iterator[_Found]:
     """What `look` finds for each case, in processes that leave what they compile in Triton's cache."""
     context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(mp_context=context) as pool:
+    with ProcessPoolExecutor(mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         yield from pool.map(look, cases)
 
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -257,3 +258,17 @@ def test_what_it_cannot_compute_is_refused(dtype, activation):
     routing = a_routing(5, 3, 1)
     with pytest.raises(ValueError, match="loop|activation"):
         feed_forward(*operands(routing, "relu", dtype=dtype), plan_rows(routing), activation)
+
+
+def test_backward_makes_no_zeros_for_what_is_kept():
+    class NoZeros(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert function is not torch.ops.aten.zeros.default, args
+            return function(*args, **kwargs or {})
+
+    routing = a_routing(12, 4, 2)
+    x_TD, *rest = operands(routing, "swiglu")
+    y_TD = feed_forward(x_TD, *rest, plan_rows(routing), "swiglu")
+    grad_TD = torch.ones_like(y_TD)
+    with NoZeros():
+        y_TD.backward(grad_TD)

@@ -1,14 +1,13 @@
 """The kernels compiled for a device that need not be there, into the cache that a first call looks into."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from .launch import in_all_shapes
+from .launch import compile_in_threads, in_all_shapes
 
 
 class Compiled(NamedTuple):
@@ -49,8 +48,9 @@ def compiled_for(capability: int, call: Callable[[], object]) -> list[Compiled]:
         with in_all_shapes():
             call()
         hooks.jit_cache_hook = None
-        with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
-            pending = [kernel.preload(specialization) for specialization, (kernel, _) in wanted.items()]
+        pending = compile_in_threads(
+            lambda: [kernel.preload(specialization) for specialization, (kernel, _) in wanted.items()]
+        )
         return [
             _compiled(kernel, constants, future.result())
             for (kernel, constants), future in zip(wanted.values(), pending, strict=True)

@@ -254,6 +254,7 @@ def _aligned(rows: Tensor) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # or zeros would be made for what is kept
     *tensors, ctx.pairs_per_token, ctx.gated, ctx.keep, _ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, output[1])

@@ -3,17 +3,18 @@
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar, copy_context
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
+from triton.runtime.errors import OutOfResources, PTXASError
 
 _log = logging.getLogger(__name__)
+_Found = TypeVar("_Found")
 
 _REGISTERS = 65_536  # of a multiprocessor, from Volta to Hopper
 
@@ -129,26 +130,41 @@ def launch(
         for shape in candidates:
             run(shape)
         return
-    if len(candidates) == 1 or torch.cuda.is_current_stream_capturing():
+    if len(candidates) == 1:
         run(candidates[0])
         return
     dtypes = [arg.dtype for arg in args if isinstance(arg, Tensor)]
     key = (kernel, device, tuple(candidates), *cut.values(), *dtypes, *constants.values())
-    if key not in _fastest:
-        _fastest[key] = _measure(kernel, candidates, run)
-    run(_fastest[key])
+    shape = _fastest.get(key)
+    if shape is None and torch.cuda.is_current_stream_capturing():
+        shape = candidates[0]
+    elif shape is None:
+        shape = _fastest[key] = _measure(kernel, candidates, run)
+    run(shape)
+
+
+def compile_in_threads(compile: Callable[[], _Found]) -> _Found:
+    """Do what compiles kernels, in threads that are waited for; what cannot be compiled raises at the end.
+
+    In a context of its own, since Triton forgets to leave this mode where something is raised.
+    """
+
+    def in_threads() -> _Found:
+        with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
+            return compile()
+
+    return copy_context().run(in_threads)
 
 
 def _measure(kernel: Any, candidates: list[Shape], run: Callable[..., None]) -> Shape:
-    """The fastest shape that the device has the resources for."""
-    with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
-        for shape in candidates:
-            run(shape, warmup=True)
+    """The fastest shape that compiles, and that the device has the resources for."""
+    with suppress(PTXASError):  # of one; the others are compiled, and it is met again below
+        compile_in_threads(lambda: [run(shape, warmup=True) for shape in candidates])
     times = {}
     for shape in candidates:
         try:
             times[shape] = triton.testing.do_bench(partial(run, shape), warmup=5, rep=30)
-        except OutOfResources:
+        except (OutOfResources, PTXASError):
             continue
     if not times:
         raise RuntimeError(f"{kernel.__name__}: no tile shape fits this device: use the kernel 'loop'")
