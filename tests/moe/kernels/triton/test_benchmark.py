@@ -1,13 +1,14 @@
 """What the GPU benchmark checks, on a small layer; and that it says where it cannot run."""
 
 import sys
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_code
 from benchmarks.gpu_contestants import CONTESTANTS, Built, Case, operands
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -73,3 +74,32 @@ def test_without_a_device_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu"])
     assert gpu.main() == 2
     assert capsys.readouterr().err == "benchmarks.gpu: no CUDA device here\n"
+
+
+def test_where_nothing_can_be_compiled_ahead_it_goes_on(monkeypatch, capsys):
+    def dies(*args):
+        raise BrokenProcessPool("a compiler was killed")
+
+    monkeypatch.setattr(gpu_code, "side_by_side", dies)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    gpu.compile_ahead([SMALL])
+    assert "nothing is compiled ahead: BrokenProcessPool: a compiler was killed" in capsys.readouterr().err
+
+
+def test_rows_that_are_done_are_not_measured_again_and_foreign_errors_are_told(monkeypatch):
+    measured = []
+
+    def measure(case, name, roof):
+        measured.append((name, case))
+        if name == "liger-kernel":
+            raise ImportError("no module")
+        return {**case._asdict(), "kernel": name, "both ms": 1.0}
+
+    monkeypatch.setattr(gpu, "dense_rate", lambda: 1.0)
+    monkeypatch.setattr(gpu, "measure", measure)
+    rows = list(gpu.new_rows("models", [], 1e9))
+    cases = gpu.FAMILIES["models"]
+    assert measured == [(name, case) for name in CONTESTANTS for case in cases]
+    assert {row["not there"] for row in rows if "not there" in row} == {"ImportError: no module"}
+    assert list(gpu.new_rows("models", rows[1:], 1e9)) == rows[:1]
+    assert list(gpu.new_rows("models", [], -1.0)) == []
