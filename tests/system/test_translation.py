@@ -62,8 +62,9 @@ def train(config: Translation, *, steps: int, backwards: bool):
     torch.manual_seed(0)
     model, generator = build_translation(config), torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    # To nothing in the end: what a model is in mid-course, the last bits of a processor may decide.
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / 50, math.sqrt(200 / (step + 1)))
+        optimizer, lambda step: min(1, (step + 1) / 50) * (1 - step / steps)
     )
     for _ in range(steps):
         losses, routings, num_tokens = losses_of(model, sequences(generator, 64, backwards=backwards))
@@ -101,7 +102,7 @@ def require_learned(config: Translation, *, steps: int, backwards: bool, right: 
 
 
 def test_sequences_are_copied_with_a_bleu_of_100():
-    require_learned(MODEL, steps=600, backwards=False, right=200)  # after 300 one is wrong on some processors
+    require_learned(MODEL, steps=600, backwards=False, right=200)
 
 
 def test_sequences_are_learned_backwards_to_a_perplexity_near_one():
