@@ -6,12 +6,9 @@ For each case a list of kernels: name, constants, what `Code` tells, all by the 
 """
 
 import json
-import os
 import sys
 from functools import cache
 from hashlib import sha256
-
-os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported
 
 import torch
 
@@ -38,4 +35,5 @@ def main() -> None:
     print(json.dumps(found))
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -143,7 +143,7 @@ def launch(
     run(shape)
 
 
-def compile_in_threads(compile: Callable[[], _Found]) -> _Found:
+def compile_in_threads(begin: Callable[[], _Found]) -> _Found:
     """Do what compiles kernels, in threads that are waited for; what cannot be compiled raises at the end.
 
     In a context of its own, since Triton forgets to leave this mode where something is raised.
@@ -151,7 +151,7 @@ def compile_in_threads(compile: Callable[[], _Found]) -> _Found:
 
     def in_threads() -> _Found:
         with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
-            return compile()
+            return begin()
 
     return copy_context().run(in_threads)
 
