@@ -69,6 +69,9 @@ def peak_memory(options: Options) -> int:
     """The most memory, in bytes, that the process has held when the dataset is made of small reads."""
     with suppress(AttributeError):  # a C library without it
         CDLL(None).mallopt(_M_ARENA_MAX, 1)  # with several, how much they hold is a matter of luck
+    os.environ["RAYON_NUM_THREADS"] = (
+        "2"  # tokenizers takes as many as there are cores, and some MiB for each
+    )
     spans.READ_BYTES = 1 << 15
     prepare(**options)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -173,6 +173,7 @@ def test_a_damaged_piece_is_made_again(damage: str, text: Path, tmp_path: Path) 
     options = many_parts(tmp_path / "dataset", text, "words", workers=1)
     process = start(make, options)
     while len(pieces(tmp_path)) < 3:
+        assert process.is_alive()
         time.sleep(0.005)
     process.kill()
     process.join()
@@ -229,6 +230,7 @@ def test_text_that_has_changed_is_read_again(text: Path, tmp_path: Path) -> None
     options = many_parts(tmp_path / "dataset", source, "words", workers=1)
     process = start(make, options)
     while len(pieces(tmp_path)) < 3:
+        assert process.is_alive()
         time.sleep(0.005)
     process.kill()
     process.join()
@@ -243,6 +245,7 @@ def test_a_second_process_on_the_same_dataset_is_refused(text: Path, tmp_path: P
     options = many_parts(tmp_path / "dataset", text, "words", workers=1)
     process = start(make, options)
     while not pieces(tmp_path):
+        assert process.is_alive()
         time.sleep(0.005)
     with pytest.raises(FileExistsError, match="dataset: another process is making it"):
         prepare(**options)

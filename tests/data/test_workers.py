@@ -99,6 +99,7 @@ def test_an_error_while_a_worker_begins_is_no_silence() -> None:
 def test_a_worker_whose_parent_was_killed_begins_no_task_that_it_was_given(tmp_path: Path) -> None:
     parent = start(run_slowly, tmp_path)
     while len(processes := list(tmp_path.glob("process-*"))) < 2:
+        assert parent.is_alive()
         time.sleep(0.01)
     time.sleep(0.3)  # now the tasks are in the pipes
     os.kill(parent.pid, signal.SIGKILL)

@@ -126,8 +126,14 @@ def test_scores_of_a_bfloat16_model_are_close_to_those_of_float32(kind):
     for source, [best, *_] in zip(
         SOURCES, beam_search(half, SOURCES, tokens=TOKENS, search=search), strict=True
     ):
-        after = read(model, source, best.tokens)
-        steps = zip(after.logprobs, (*best.tokens, TOKENS.end_id), strict=True)
-        logprob = sum(logprobs[token] for logprobs, token in steps)
+        tokens = (*best.tokens, TOKENS.end_id)
+        after, after_half = (read(each, source, best.tokens) for each in (model, half))
+        logprob_T, logprob_half_T = (
+            [logprobs[token] for logprobs, token in zip(each.logprobs, tokens, strict=True)]
+            for each in (after, after_half)
+        )
+        # Step by step, since in a sum the rounding of many adds up.
+        assert logprob_half_T == pytest.approx(logprob_T, abs=0.06)
+        logprob = sum(logprob_half_T)
         assert best.logprob == pytest.approx(logprob, abs=0.1)
-        assert best.score == pytest.approx(gnmt_score(logprob, after.attention, search), abs=0.2)
+        assert best.score == pytest.approx(gnmt_score(logprob, after_half.attention, search), abs=0.2)

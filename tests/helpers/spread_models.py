@@ -105,7 +105,10 @@ def a_batch(case: Case, model: LanguageModel, update: int) -> tuple[Tensor, Tens
     torch.manual_seed(50 + update)
     num_rows = sum(case.rows)
     noise = {n: torch.randn(num_rows, STEPS, w, dtype=torch.float64) for n, w in model.noise_widths().items()}
-    return torch.randint(VOCAB, (num_rows, STEPS + 1)), torch.rand(num_rows, STEPS) < 0.8, noise
+    tokens = torch.randint(VOCAB, (num_rows, STEPS + 1))
+    # Two sentences with one beginning would tie where experts choose, and rounding would decide.
+    tokens[:, 0] = torch.randperm(VOCAB)[:num_rows]
+    return tokens, torch.rand(num_rows, STEPS) < 0.8, noise
 
 
 def balance(total: dict[str, BalanceSums]) -> Tensor:

@@ -59,6 +59,7 @@ def test_a_first_rank_that_has_left_is_missed_at_once(environment):
     other = threading.Thread(target=second)
     other.start()
     while not store.check(["here/1"]):
+        assert other.is_alive()
         time.sleep(0.01)
     del store
     other.join(timeout=20)

@@ -283,8 +283,7 @@ def test_the_log_of_a_process_killed_at_any_moment_can_be_gone_on_from(tmp_path)
     assert process.stdout is not None
     process.stdin.write("go\n")
     process.stdin.flush()
-    while process.stdout.readline() != "done\n":
-        pass
+    assert "done\n" in iter(process.stdout.readline, "")
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert len(list(read_log(tmp_path / "log.jsonl"))) == 100

@@ -43,21 +43,6 @@ class FeedForwardKernel(Protocol):
     ) -> Tensor: ...
 
 
-class NoisyChoiceKernel(Protocol):
-    """The function that every kernel of the noisy choice is; `noisy_choice.equations` tells its arguments."""
-
-    def __call__(
-        self,
-        logits_NS: Tensor,
-        noise_NB: Tensor,
-        group_N: Tensor | None,
-        *,
-        num_groups: int,
-        k: int,
-        noise_epsilon: float,
-    ) -> noisy_choice.Choice: ...
-
-
 class Setting(NamedTuple):
     """What a kernel must suit. device: its type. dtype: of the products."""
 
@@ -124,7 +109,7 @@ def grouped_kernel(name: str | None, *setting: Any) -> str:
     return name
 
 
-def noisy_choice_kernel(name: str | None, *setting: Any) -> NoisyChoiceKernel:
+def noisy_choice_kernel(name: str | None, *setting: Any) -> noisy_choice.NoisyChoiceKernel:
     """The kernel of a noisy gate's choice.
 
     name: "threaded", "equations", or "triton"; None: "threaded" on the CPU, elsewhere "equations". setting:
@@ -150,7 +135,7 @@ def _choice_kernel_name(name: str | None, device: str, dtype: torch.dtype, num_e
         reason = f"is for the CPU, not for {device}"
     elif name != "triton":
         raise ValueError(f"kernel ({name!r}) must be one of threaded, equations, triton")
-    elif dtype == torch.float64:
+    elif dtype != torch.float32:
         reason = f"does not compute in {dtype}"
     elif num_experts > MOST_CHOSEN_FROM:
         reason = f"chooses from at most {MOST_CHOSEN_FROM:,} experts, not {num_experts:,}"

@@ -1,11 +1,11 @@
 """The choice of noisy top-k gating, and what the balance losses ask about it (eq. 3 to 5 and 8 to 10).
 
 `equations` is how it reads. Operators do the same with small temporaries: `threaded_choice` on the CPU,
-`triton/noisy_choice.py` on GPUs. What they share is here: `choice_of`, and derivatives by `differentiate`.
+`triton/noisy_choice.py` on GPUs. What they share is here: `by_operator`.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,21 @@ class Choice(NamedTuple):
     weight_NK: Tensor
     logit_sums: LogitSums
     load_AB: Tensor | None
+
+
+class NoisyChoiceKernel(Protocol):
+    """The function that every way to compute it is; `equations` tells its arguments."""
+
+    def __call__(
+        self,
+        logits_NS: Tensor,
+        noise_NB: Tensor,
+        group_N: Tensor | None,
+        *,
+        num_groups: int,
+        k: int,
+        noise_epsilon: float,
+    ) -> Choice: ...
 
 
 def equations(
@@ -81,44 +96,39 @@ def probability_in_topk(clean_TE: Tensor, std_TE: Tensor, top_TK1: Tensor, chose
     return torch.special.ndtr((clean_TE - threshold_TE) / std_TE.clamp_min(SMALLEST_STD))
 
 
-def choice_of(
-    forward: Any,
-    logits_NS: Tensor,
-    noise_NB: Tensor,
-    group_N: Tensor | None,
-    num_groups: int,
-    k: int,
-    noise_epsilon: float,
-) -> Choice:
-    """What an operator chooses, whose arguments are those of `equations`."""
-    weight_NK, load_AB, probability_AB, z, expert_NK1 = forward(
-        logits_NS, noise_NB, group_N, num_groups, k, noise_epsilon
-    )
-    return Choice(expert_NK1[:, :k], weight_NK, LogitSums(probability_AB, z), load_AB)
+def by_operator(forward: Any, backward: Any) -> NoisyChoiceKernel:
+    """The choice by an operator whose own backward pass is another one: both get what torch asks of them.
 
-
-def differentiate(forward: Any, backward: Any) -> None:
-    """Register shapes and derivatives of an operator, whose own backward pass is another operator.
-
-    forward: the arguments of `choice_of`; returns the weights of k experts for each row, the sums of the
-    load, of the softmax, of the squared log-sum-exp, and the k + 1 best experts. backward: the gradients of
-    the first four, None where nothing depends on one; the three inputs, the experts and the weights;
-    num_groups, noise_epsilon, and whether the noise needs a gradient. It returns the gradients of logits and
-    noise. Second derivatives take the way of the equations.
+    forward: what `NoisyChoiceKernel` takes, in that order; returns the weights of k experts for each row, the
+    sums of the load, of the softmax, of the squared log-sum-exp, and the k + 1 best experts. backward: the
+    gradients of the first four, None where nothing depends on one; the three inputs, the experts and the
+    weights; num_groups, noise_epsilon, and whether the noise needs a gradient. It returns the gradients of
+    logits and noise. Second derivatives take the way of the equations.
     """
     forward.register_fake(_fake_forward)
     backward.register_fake(_fake_backward)
     forward.register_autograd(partial(_autograd_backward, backward), setup_context=_setup_context)
 
+    def choose(
+        logits_NS: Tensor,
+        noise_NB: Tensor,
+        group_N: Tensor | None,
+        *,
+        num_groups: int,
+        k: int,
+        noise_epsilon: float,
+    ) -> Choice:
+        weight_NK, load_AB, probability_AB, z, expert_NK1 = forward(
+            logits_NS, noise_NB, group_N, num_groups, k, noise_epsilon
+        )
+        return Choice(expert_NK1[:, :k], weight_NK, LogitSums(probability_AB, z), load_AB)
+
+    return choose
+
 
 def _fake_forward(
-    logits_NS: Tensor,
-    noise_NB: Tensor,
-    group_N: Tensor | None,
-    num_groups: int,
-    k: int,
-    noise_epsilon: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    logits_NS: Tensor, noise_NB: Tensor, group_N: Tensor | None, num_groups: int, k: int, noise_epsilon: float
+) -> tuple[Tensor, ...]:
     num_rows, num_experts = noise_NB.shape
     return (
         logits_NS.new_empty(num_rows, k),
@@ -129,20 +139,8 @@ def _fake_forward(
     )
 
 
-def _fake_backward(
-    grad_weight_NK: Tensor | None,
-    grad_load_AB: Tensor | None,
-    grad_probability_AB: Tensor | None,
-    grad_z: Tensor | None,
-    logits_NS: Tensor,
-    noise_NB: Tensor,
-    group_N: Tensor | None,
-    expert_NK1: Tensor,
-    weight_NK: Tensor,
-    num_groups: int,
-    noise_epsilon: float,
-    needs_noise: bool,
-) -> tuple[Tensor, Tensor]:
+def _fake_backward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    *_, logits_NS, noise_NB, _, _, _, _, _, needs_noise = inputs
     num_rows, num_experts = noise_NB.shape
     return (
         logits_NS.new_empty(num_rows, 2 * num_experts),

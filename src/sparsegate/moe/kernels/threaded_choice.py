@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .memory import recycled_empty
-from .noisy_choice import SMALLEST_STD, Choice, choice_of, differentiate
+from .noisy_choice import SMALLEST_STD, by_operator
 from .workers import in_parallel
 
 # What a temporary has at most, so that several fit into a core's caches; but for very many experts.
@@ -23,19 +23,6 @@ _FEWEST_ROWS_PER_TASK = 16
 # takes some 0.7 ns a number each, but more with few columns, and 20 microseconds in a call.
 _FEWEST_COLUMNS, _FEWEST_COLUMNS_OVER_K, _FEWEST_NUMBERS_OVER_K = 32, 64, 1 << 12
 _MOST_MAXIMA = 8
-
-
-def noisy_choice(
-    logits_NS: Tensor,
-    noise_NB: Tensor,
-    group_N: Tensor | None,
-    *,
-    num_groups: int,
-    k: int,
-    noise_epsilon: float,
-) -> Choice:
-    """The arguments are those of `equations`; with several groups, group_N ascends."""
-    return choice_of(_forward, logits_NS, noise_NB, group_N, num_groups, k, noise_epsilon)
 
 
 class _Segment(NamedTuple):
@@ -307,4 +294,5 @@ def _within(outer: slice, inner: slice) -> slice:
     return slice(inner.start - outer.start, inner.stop - outer.start)
 
 
-differentiate(_forward, _backward)
+# With several groups, group_N must ascend.
+noisy_choice = by_operator(_forward, _backward)

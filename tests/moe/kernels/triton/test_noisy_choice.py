@@ -187,3 +187,10 @@ def test_where_it_does_not_suit_it_says_what_does():
     assert choice.noisy_choice_kernel(None, "cuda", torch.float32, 9) is noisy_choice.equations
     assert choice.noisy_choice_kernel("equations", "cpu", torch.float32, 9) is noisy_choice.equations
     assert choice.noisy_choice_kernel(None, "cpu", torch.float64, 9) is threaded_choice.noisy_choice
+
+
+def test_several_groups_are_refused():
+    with pytest.raises(ValueError, match=r"num_groups \(2\) must be 1 .*'equations' takes more"):
+        operators.noisy_choice(
+            *inputs_of(4, 6), torch.tensor([0, 0, 1, 1]), num_groups=2, k=2, noise_epsilon=0.0
+        )

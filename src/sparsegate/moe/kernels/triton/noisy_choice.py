@@ -6,25 +6,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..noisy_choice import SMALLEST_STD, Choice, choice_of, differentiate
+from ..noisy_choice import SMALLEST_STD, by_operator
 from .launch import processors
 
 _NUMBERS = 1024  # of the rows that a program works on at once, eight for each thread
 _PROGRAMS = 8  # for each multiprocessor
 _SMALLEST_STD = tl.constexpr(SMALLEST_STD)
-
-
-def noisy_choice(
-    logits_NS: Tensor,
-    noise_NB: Tensor,
-    group_N: Tensor | None,
-    *,
-    num_groups: int,
-    k: int,
-    noise_epsilon: float,
-) -> Choice:
-    """The arguments are those of `equations`; one group, float32, few enough experts for registers."""
-    return choice_of(_forward, logits_NS, noise_NB, group_N, num_groups, k, noise_epsilon)
 
 
 @torch.library.custom_op("sparsegate::triton_noisy_choice", mutates_args=())
@@ -37,6 +24,10 @@ def _forward(
     noise_epsilon: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the weights of k experts for each row, the three sums, and the k + 1 best experts."""
+    if num_groups != 1:
+        raise ValueError(
+            f"num_groups ({num_groups}) must be 1 for the kernel 'triton'; 'equations' takes more"
+        )
     logits_NS, noise_NB = logits_NS.contiguous(), noise_NB.contiguous()
     num_rows, num_experts = noise_NB.shape
     rows, columns, programs = _cut(noise_NB)
@@ -347,4 +338,5 @@ def _softplus(x):
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) + log
 
 
-differentiate(_forward, _backward)
+# Of one group, in float32, and few enough experts for registers.
+noisy_choice = by_operator(_forward, _backward)
