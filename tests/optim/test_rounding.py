@@ -5,12 +5,13 @@ import torch
 
 from sparsegate.optim.rounding import RoundingNoise, round_at_random_
 
+CPU = torch.device("cpu")
 SHAPE = torch.Size((1, 64, 1024))
 
 
 def noise(**changes) -> torch.Tensor:
     keys = {"seed": 1, "parameter": 0, "step": 3, "first_matrix": 2, **changes}
-    return RoundingNoise(keys.pop("seed")).draw(SHAPE, **keys)
+    return RoundingNoise(keys.pop("seed")).draw(SHAPE, device=CPU, **keys)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,7 @@ def test_draws_are_even_over_their_range():
 
 def test_matrices_drawn_together_have_the_draws_that_each_has_alone():
     source = RoundingNoise(1)
-    together = source.draw(torch.Size((3, 4, 5)), parameter=0, step=1, first_matrix=6)
+    together = source.draw(torch.Size((3, 4, 5)), parameter=0, step=1, first_matrix=6, device=CPU)
     for index in range(3):
-        alone = source.draw(torch.Size((1, 4, 5)), parameter=0, step=1, first_matrix=6 + index)
+        alone = source.draw(torch.Size((1, 4, 5)), parameter=0, step=1, first_matrix=6 + index, device=CPU)
         assert torch.equal(together[index], alone[0])

@@ -217,12 +217,14 @@ def _require_scope(scope: int | None, where: str) -> None:
         raise ValueError(f"{where}gate.scope ({scope}) must be at least 1 token, or none")
 
 
-def build_gate(config: GateConfig, *, width: int, num_experts: int, k: int, **options: Any) -> Gate:
-    """The gate, freshly initialised. options: device and dtype."""
+def build_gate(
+    config: GateConfig, *, width: int, num_experts: int, k: int, kernel: str | None, **options: Any
+) -> Gate:
+    """The gate, freshly initialised. kernel: of those that have one. options: device and dtype."""
     common: dict[str, Any] = {"width": width, "num_experts": num_experts, **options}
     match config:
         case NoisyTopKGate():
-            return NoisyTopK(k=k, noise_epsilon=config.noise_epsilon, **common)
+            return NoisyTopK(k=k, noise_epsilon=config.noise_epsilon, kernel=kernel, **common)
         case BalancedGate():
             return Balanced(k=k, scope=config.scope, most_per_token=config.most_per_token, **common)
         case ExpertChoiceGate():
@@ -234,17 +236,18 @@ def build_gate(config: GateConfig, *, width: int, num_experts: int, k: int, **op
         case SigmoidTopKGate():
             return SigmoidTopK(k=k, bias_rate=config.bias_rate, **common)
         case HierarchicalGate():
-            return _hierarchy(config, width=width, num_experts=num_experts, k=k, **options)
+            return _hierarchy(config, width=width, num_experts=num_experts, k=k, kernel=kernel, **options)
 
 
 def _hierarchy(
-    config: HierarchicalGate, *, width: int, num_experts: int, k: int, **options: Any
+    config: HierarchicalGate, *, width: int, num_experts: int, k: int, kernel: str | None, **options: Any
 ) -> Hierarchical:
     groups: dict[str, Any] = {
         "width": width,
         "num_groups": config.num_groups,
         "group_size": num_experts // config.num_groups,
         "k": k // config.k_primary,
+        "kernel": kernel,
         **options,
     }
     primary: Gate
@@ -264,6 +267,7 @@ def _hierarchy(
             num_experts=config.num_groups,
             k=config.k_primary,
             noise_epsilon=config.noise_epsilon,
+            kernel=kernel,
             **options,
         )
     if config.secondary == "balanced":

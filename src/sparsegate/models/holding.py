@@ -1,4 +1,4 @@
-"""What of a model a process holds: all of it, or a share."""
+"""What of a model a process holds: all of it, or a share, and what its experts and gates compute with."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -37,11 +37,13 @@ class Holding(ABC):
     Whatever is made has the weights that it has in the whole model.
 
     experts_on: the device of the experts; None: where the rest of the model is. They are the part that may
-    fit there alone, and their weights are the same on every device.
+    fit there alone, and their weights are the same on every device. kernel: of experts, and of the gates that
+    have one; None: each the first that suits it.
     """
 
-    def __init__(self, *, experts_on: torch.device | None = None) -> None:
+    def __init__(self, *, experts_on: torch.device | None = None, kernel: str | None = None) -> None:
         self.experts_on = experts_on
+        self.kernel = kernel
 
     @abstractmethod
     def experts(self, make: Callable[[range], Experts], num_experts: int) -> Experts:

@@ -67,6 +67,7 @@ def build_mixture(
         width=width,
         num_experts=config.num_experts,
         k=config.k,
+        kernel=holding.kernel,
         device=device,
         dtype=dtype,
     )
@@ -81,6 +82,7 @@ def build_mixture(
             num_experts=config.num_experts,
             storage=torch.bfloat16 if config.expert_dtype == "bfloat16" else None,
             recompute=config.recompute,
+            kernel=holding.kernel,
             own=own,
             device=device if holding.experts_on is None else holding.experts_on,
             dtype=dtype,

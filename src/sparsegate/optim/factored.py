@@ -168,7 +168,7 @@ class FactoredAdam(torch.optim.Optimizer):
             return
         value_EDH = weight_EDH.to(scaled_EDH.dtype).addcmul_(scaled_EDH, by_col_E1H, value=-1)
         if (noise_EDH := self._draw(parameter, weight_EDH.shape, step, block.start)) is not None:
-            round_at_random_(value_EDH, noise_EDH.to(value_EDH.device))
+            round_at_random_(value_EDH, noise_EDH)
         weight_EDH.copy_(value_EDH)
 
     def _update_one(self, parameter: Tensor, index: int, grad_DH: Tensor) -> None:
@@ -194,7 +194,9 @@ class FactoredAdam(torch.optim.Optimizer):
         if self._noise is None or parameter.dtype != torch.bfloat16:
             return None
         number = self._number(parameter)
-        return self._noise.draw(shape_EDH, parameter=number, step=step, first_matrix=first)
+        return self._noise.draw(
+            shape_EDH, parameter=number, step=step, first_matrix=first, device=parameter.device
+        )
 
     def _group(self, parameter: Tensor) -> dict[str, Any]:
         return next(g for g in self.param_groups if any(p is parameter for p in g["params"]))

@@ -32,21 +32,24 @@ class RoundingNoise:
         self.seed = seed
         self._latest: dict[int, tuple[int, Tensor]] = {}
 
-    def draw(self, shape_EDH: torch.Size, *, parameter: int, step: int, first_matrix: int) -> Tensor:
-        """int32 [E, D, H] from 0 to 65535 on the CPU. parameter: its number in the optimizer."""
+    def draw(
+        self, shape_EDH: torch.Size, *, parameter: int, step: int, first_matrix: int, device: torch.device
+    ) -> Tensor:
+        """int32 [E, D, H] from 0 to 65535, equal on all devices. parameter: its number in the optimizer."""
         num_matrices, size = shape_EDH[0], shape_EDH[1] * shape_EDH[2]
-        table = self._table(size + _LOWER_HALF, parameter, step)
+        table = self._table(size + _LOWER_HALF, parameter, step, device)
         starts = [(first_matrix + i) * _STRIDE % _LOWER_HALF for i in range(num_matrices)]
         if num_matrices == 1:
             return table[starts[0] : starts[0] + size].view(shape_EDH)
         return torch.stack([table[start : start + size] for start in starts]).view(shape_EDH)
 
-    def _table(self, size: int, parameter: int, step: int) -> Tensor:
+    def _table(self, size: int, parameter: int, step: int, device: torch.device) -> Tensor:
         """Threads that come at once make equal tables, so that it does not matter whose is kept."""
         made_at, table = self._latest.get(parameter, (-1, torch.empty(0)))
         if made_at != step or len(table) != size:
             words = np.random.SeedSequence((self.seed, parameter, step)).generate_state(1, np.uint32)
             generator = torch.Generator("cpu").manual_seed(int(words[0]))
             table = torch.randint(_LOWER_HALF, (size,), dtype=torch.int32, device="cpu", generator=generator)
+            table = table.to(device)
             self._latest[parameter] = (step, table)
         return table

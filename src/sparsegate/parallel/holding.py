@@ -29,8 +29,9 @@ class HoldingOfRank(Holding):
         num_pieces: int = 1,
         shares_words: bool = False,
         experts_on: torch.device | None = None,
+        kernel: str | None = None,
     ) -> None:
-        super().__init__(experts_on=experts_on)
+        super().__init__(experts_on=experts_on, kernel=kernel)
         self.mesh = mesh
         self.nodes = nodes
         self.num_pieces = num_pieces

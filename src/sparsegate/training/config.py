@@ -195,6 +195,11 @@ class TrainingConfig:
         "of the products; weights and sums stay float32", "float32"
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto: cuda where there is one", "auto")
+    kernels: Literal["auto", "triton"] = option(
+        "of experts and gates: those that suit the device, or on a GPU the ones written in Triton, which are "
+        "not yet chosen by themselves, as they have run in Triton's interpreter alone",
+        "auto",
+    )
     evaluate_every: int = option("steps between evaluations on the validation split", 1000)
     bleu_sentences: int = option(
         "validation sentences of each pair of languages that an evaluation translates, greedily, to measure "

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..models import LayeredModel, build
 from ..models.holding import Everything
+from ..moe.kernels.choice import without_triton
 from ..optim.factored import FactoredAdam
 from ..optim.rows import RowAdam
 from ..parallel.distribute import gather_selection, names_in_one_process
@@ -44,8 +45,10 @@ def make_model(config: RunConfig, ranks: Ranks, *, device: torch.device) -> Laye
     """
     torch.manual_seed(derived_seed(Draw.WEIGHTS, config.seed))
     given_on = torch.device("meta" if device.type == "meta" else "cpu")
+    kernel = _kernel(config, device)
     if ranks.mesh is None or ranks.expert_mesh is None:
-        return build(config.model, device=given_on, holding=Everything(experts_on=device)).to(device).train()
+        holding = Everything(experts_on=device, kernel=kernel)
+        return build(config.model, device=given_on, holding=holding).to(device).train()
     shares_words = config.training.vocabulary == "sharded"
     if config.optim.in_backward:
         raise ValueError("optim.in-backward: is for one process; leave it out, or start without torchrun")
@@ -63,11 +66,21 @@ def make_model(config: RunConfig, ranks: Ranks, *, device: torch.device) -> Laye
         num_pieces=config.training.exchange_pieces,
         shares_words=shares_words,
         experts_on=device,
+        kernel=kernel,
     )
     model = build(config.model, device=given_on, holding=holding).to(device)
     if config.training.selection == "gathered":
         gather_selection(model, ranks.mesh)
     return model.train()
+
+
+def _kernel(config: RunConfig, device: torch.device) -> str | None:
+    """What experts and gates are asked to compute with. ValueError: it is not for this device."""
+    if config.training.kernels == "auto" or device.type == "meta":
+        return None
+    if (reason := without_triton(device.type)) is not None:
+        raise ValueError(f"training.kernels ({config.training.kernels}): {reason}; use auto")
+    return config.training.kernels
 
 
 def with_optimizers(model: LayeredModel, config: RunConfig) -> TrainState:

@@ -51,16 +51,20 @@ def _require_state(config: RunConfig, translation: Translation, sharing: int, av
 def method_of(config: RunConfig) -> Method:
     """How the model is trained."""
     model, optim = config.model, config.optim
+    # Where it is planned there need be no GPU.
+    on_cpu = config.training.device != "cuda" and resolve_device(config.training.device).type == "cpu"
+    # Other kernels of a GPU make the gradients of all experts before the first is given away.
+    expert_by_expert = on_cpu or config.training.kernels == "triton"
     return Method(
         tokens=-(-batch_tokens(config) // config.training.micro_batches),
         experts=optim.experts,
         expert_bytes=BFLOAT16 if "bfloat16" in model.expert_dtypes() else FLOAT32,
-        in_backward=optim.in_backward,
+        in_backward=optim.in_backward and expert_by_expert,
         sparse_rows=optim.tables == "rows",
         spread_words=config.training.vocabulary == "sharded",
         recompute=isinstance(model, MixtureLM) and model.recompute,
         # Of a GPU's memory, the copy is in the host's.
-        saved_copy=config.training.background_saves and resolve_device(config.training.device).type == "cpu",
+        saved_copy=config.training.background_saves and on_cpu,
     )
 
 

@@ -140,7 +140,7 @@ def _choice_kernel_name(name: str | None, device: str, dtype: torch.dtype, num_e
     elif num_experts > MOST_CHOSEN_FROM:
         reason = f"chooses from at most {MOST_CHOSEN_FROM:,} experts, not {num_experts:,}"
     else:
-        reason = _without_triton(device)
+        reason = without_triton(device)
     if reason is not None:
         raise ValueError(f"kernel ({name!r}) {reason}: {first!r} can be used")
     return "triton"
@@ -165,10 +165,11 @@ def _grouped_mm_unsuited(setting: Setting) -> str | None:
 def _triton_unsuited(setting: Setting) -> str | None:
     if setting.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"does not compute in {setting.dtype}"
-    return _without_triton(setting.device)
+    return without_triton(setting.device)
 
 
-def _without_triton(device: str) -> str | None:
+def without_triton(device: str) -> str | None:
+    """Why kernels written in Triton cannot be used on a type of device; None where they can."""
     if device != "cuda":
         return f"is for CUDA devices, not for {device}"
     if find_spec("triton") is None:
@@ -179,7 +180,7 @@ def _without_triton(device: str) -> str | None:
 def _load_triton() -> FeedForwardKernel:
     from .triton.feed_forward import feed_forward  # triton is no dependency: imported by who chose it
 
-    return with_whole_gradients(feed_forward)
+    return feed_forward
 
 
 KERNELS: dict[str, Kernel] = {

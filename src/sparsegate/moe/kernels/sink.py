@@ -5,16 +5,14 @@ exist. A sink gets each of them as soon as it is made, and what it needs them fo
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..dispatch import Plan
-from . import expert_by_expert
 from .activations import ActivationName
-from .expert_by_expert import Rows
-from .workers import Scratch
 
 
 class GradientSink(Protocol):
@@ -31,26 +29,66 @@ class GradientSink(Protocol):
         """
 
 
-@torch.compiler.disable
-def sunk_feed_forward(
-    x_TD: Tensor,
-    w_in_EDS: Tensor,
-    w_out_EHD: Tensor,
-    weight_N: Tensor,
-    plan: Plan,
-    activation: ActivationName,
-    dtype: torch.dtype,
-    *,
-    recompute: bool,
-    sink: GradientSink,
-) -> Tensor:
-    """The threaded kernel; the weights' gradients go to the sink, and autograd is told of none.
+class Give(NamedTuple):
+    """Where a backward pass puts the gradients of some experts' matrices, with the first expert's number.
 
-    A gradient of y that is not finite at some token that counts is passed on, but nothing of it to the
-    sink. dtype: of the products. First derivatives alone; where autograd finds that weights which it has yet
-    to read were changed, as when one layer is used twice, it says so.
+    None: of a weight that needs none. As a sink is, each is called when that matrix is not read again.
     """
-    return _Sunk.apply(x_TD, w_in_EDS, w_out_EHD, weight_N, plan, activation, dtype, not recompute, sink)
+
+    w_in: Callable[[int, Tensor], None] | None
+    w_out: Callable[[int, Tensor], None] | None
+
+
+class SunkFeedForward(Protocol):
+    """Experts whose weights' gradients go to a sink, and autograd is told of none.
+
+    A gradient of y that is not finite at some token that counts is passed on, but nothing of it to the sink.
+    dtype: of the products. First derivatives alone; where autograd finds that weights which it has yet to
+    read were changed, as when one layer is used twice, it says so.
+    """
+
+    def __call__(
+        self,
+        x_TD: Tensor,
+        w_in_EDS: Tensor,
+        w_out_EHD: Tensor,
+        weight_N: Tensor,
+        plan: Plan,
+        *,
+        activation: ActivationName,
+        dtype: torch.dtype,
+        recompute: bool,
+        sink: GradientSink,
+    ) -> Tensor: ...
+
+
+def into_sink(forward: Callable[..., Any], backward: Callable[..., Any]) -> SunkFeedForward:
+    """The experts of two passes, neither of which autograd sees into.
+
+    forward: of x_TD, w_in_EDS, w_out_EHD, weight_N and plan, and by name activation, dtype, and keep; returns
+    y_TD in x's dtype, and what backward is to know of each row, of no row unless `keep`. backward: of y's
+    gradient, these five and what was kept, and by name activation, dtype, needs_x, and give, a `Give` or
+    None; returns the gradients of x_TD, any tensor where it is not needed, and of weight_N.
+    """
+
+    @torch.compiler.disable
+    def feed_forward(
+        x_TD: Tensor,
+        w_in_EDS: Tensor,
+        w_out_EHD: Tensor,
+        weight_N: Tensor,
+        plan: Plan,
+        *,
+        activation: ActivationName,
+        dtype: torch.dtype,
+        recompute: bool,
+        sink: GradientSink,
+    ) -> Tensor:
+        options = {"activation": activation, "dtype": dtype}
+        passes = forward, backward
+        return _Sunk.apply(x_TD, w_in_EDS, w_out_EHD, weight_N, plan, options, not recompute, sink, passes)
+
+    return feed_forward
 
 
 class _Sunk(torch.autograd.Function):
@@ -62,52 +100,34 @@ class _Sunk(torch.autograd.Function):
         w_out_EHD: Tensor,
         weight_N: Tensor,
         plan: Plan,
-        activation: str,
-        dtype: torch.dtype,
+        options: dict[str, Any],
         keep: bool,
         sink: GradientSink,
+        passes: tuple[Callable[..., Any], Callable[..., Any]],
     ) -> Tensor:
-        y_TD, kept_NS = expert_by_expert.forward(
-            x_TD, w_in_EDS, w_out_EHD, weight_N, plan, activation=activation, dtype=dtype, keep=keep
-        )
+        forward, ctx.backward_pass = passes
+        y_TD, kept_NS = forward(x_TD, w_in_EDS, w_out_EHD, weight_N, plan, keep=keep, **options)
         ctx.save_for_backward(x_TD, w_in_EDS, w_out_EHD, weight_N, kept_NS)
         # Activation checkpointing, and whatever else has a hook on what is saved, gives back others.
         ctx.parameters = w_in_EDS, w_out_EHD
-        ctx.plan, ctx.activation, ctx.dtype, ctx.sink = plan, activation, dtype, sink
+        ctx.plan, ctx.options, ctx.sink = plan, options, sink
         return y_TD
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         _require_first_derivative()
         (grad_TD,) = grads
-        x_TD, w_in_EDS, w_out_EHD, weight_N, kept_NS = ctx.saved_tensors
-        in_parameter, out_parameter = ctx.parameters
+        *inputs, kept_NS = ctx.saved_tensors
         needs_x, needs_in, needs_out, needs_weight = ctx.needs_input_grad[:4]
-
-        scratch = Scratch()
-
-        def give(name: str, weight_EDH: Tensor, expert: int, left_ND: Tensor, right_NH: Tensor) -> None:
-            grad_DH = scratch.empty(name, weight_EDH.shape[1:], left_ND.dtype)
-            ctx.sink.consume(weight_EDH, expert, torch.mm(left_ND.t(), right_NH, out=grad_DH)[None])
-
-        def sink(expert: int, rows: Rows) -> None:
-            if needs_out:
-                give("out", out_parameter, expert, rows.hidden_NH, rows.grad_out_ND)
-            if needs_in:
-                give("in", in_parameter, expert, rows.input_ND, rows.grad_in_NS)
-
-        grad_x_TD, grad_weight_N = expert_by_expert.backward(
-            grad_TD,
-            x_TD,
-            w_in_EDS,
-            w_out_EHD,
-            weight_N,
-            ctx.plan,
-            kept_NS,
-            activation=ctx.activation,
-            dtype=ctx.dtype,
-            needs_x=needs_x,
-            take=sink if (needs_in or needs_out) and _is_finite(grad_TD, ctx.plan) else None,
+        in_parameter, out_parameter = ctx.parameters
+        give = None
+        if (needs_in or needs_out) and _is_finite(grad_TD, ctx.plan):
+            give = Give(
+                partial(ctx.sink.consume, in_parameter) if needs_in else None,
+                partial(ctx.sink.consume, out_parameter) if needs_out else None,
+            )
+        grad_x_TD, grad_weight_N = ctx.backward_pass(
+            grad_TD, *inputs, ctx.plan, kept_NS, needs_x=needs_x, give=give, **ctx.options
         )
         rest = (None,) * 5
         return grad_x_TD if needs_x else None, None, None, grad_weight_N if needs_weight else None, *rest

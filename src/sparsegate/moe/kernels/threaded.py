@@ -15,7 +15,8 @@ from .grouped import grouped_product
 from .groups import without_rows
 from .higher_order import gradients_through
 from .memory import recycled_empty
-from .sink import GradientSink, sunk_feed_forward
+from .sink import Give, GradientSink, into_sink
+from .workers import Scratch
 
 
 def feed_forward(
@@ -34,8 +35,16 @@ def feed_forward(
     dtype = product_dtype(x_TD, w_in_EDS, w_out_EHD) if dtype is None else dtype
     is_trained = torch.is_grad_enabled()
     if sink is not None and is_trained:
-        return sunk_feed_forward(
-            x_TD, w_in_EDS, w_out_EHD, weight_N, plan, activation, dtype, recompute=recompute, sink=sink
+        return _sunk_feed_forward(
+            x_TD,
+            w_in_EDS,
+            w_out_EHD,
+            weight_N,
+            plan,
+            activation=activation,
+            dtype=dtype,
+            recompute=recompute,
+            sink=sink,
         )
     y_TD, _ = _forward(
         x_TD,
@@ -258,3 +267,26 @@ def _autograd_backward(ctx: Any, grad_TD: Tensor | None, _: Tensor | None) -> tu
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+
+
+def _giving_backward(
+    grad_TD: Tensor, *inputs: Any, give: Give | None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Give each expert's gradients away as soon as they are made, in a memory that the next one's take."""
+    scratch = Scratch()
+
+    def take(expert: int, rows: Rows) -> None:
+        assert give is not None
+        for name, accept, left_ND, right_NH in (
+            ("out", give.w_out, rows.hidden_NH, rows.grad_out_ND),
+            ("in", give.w_in, rows.input_ND, rows.grad_in_NS),
+        ):
+            if accept is not None:
+                shape = torch.Size((left_ND.shape[1], right_NH.shape[1]))
+                grad_DH = scratch.empty(name, shape, left_ND.dtype)
+                accept(expert, torch.mm(left_ND.t(), right_NH, out=grad_DH)[None])
+
+    return expert_by_expert.backward(grad_TD, *inputs, take=None if give is None else take, **options)
+
+
+_sunk_feed_forward = into_sink(expert_by_expert.forward, _giving_backward)

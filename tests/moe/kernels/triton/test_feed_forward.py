@@ -204,7 +204,7 @@ def test_the_other_operators_keep_what_they_register(activation):
     )
     for left, right, gather_left in ((x_TD, grad_pre_NS, True), (weighted_NH, grad_y_TD, False)):
         torch.library.opcheck(
-            operators._weight_gradient, (left, right, plan.token_N, schedule.first_row_E1, gather_left)
+            operators._weight_gradient, (left, right, plan.token_N, schedule.first_row_E1, 1, 3, gather_left)
         )
 
 

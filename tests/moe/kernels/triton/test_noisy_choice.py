@@ -155,7 +155,7 @@ def gates(**sizes: int) -> list[NoisyTopK]:
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_gate_decides_as_it_does_without(padded, compiled, monkeypatch):
-    monkeypatch.setattr(choice, "_without_triton", lambda device: None)
+    monkeypatch.setattr(choice, "without_triton", lambda device: None)
     mask_T = torch.rand(40, device=DEVICE) < 0.7 if padded else None
     x_TD, noise = torch.randn(40, 8, device=DEVICE), torch.randn(40, 12, device=DEVICE)
     found = []

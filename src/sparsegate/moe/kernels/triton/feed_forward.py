@@ -1,5 +1,6 @@
 """Feed-forward experts as one operator: its forward and backward passes put together from the kernels."""
 
+from math import prod
 from typing import Any
 
 import torch
@@ -7,6 +8,8 @@ from torch import Tensor
 
 from ...dispatch import Plan
 from ...precision import as_autocast
+from ..activations import ActivationName
+from ..sink import Give, GradientSink, into_sink
 from .gather_sum import sum_of_rows
 from .hidden_gradient import hidden_gradient
 from .rows import product_rows
@@ -16,6 +19,8 @@ from .weight_gradient import weight_gradient
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ACTIVATIONS = ("relu", "swiglu")
+# Of the weight gradients that a sink gets at once, beside which it makes several such tensors of float32.
+_NUMBERS_GIVEN = 1 << 26
 
 
 def feed_forward(
@@ -24,28 +29,68 @@ def feed_forward(
     w_out_EHD: Tensor,
     weight_N: Tensor,
     plan: Plan,
-    activation: str,
+    activation: ActivationName,
     *,
     recompute: bool = False,
+    dtype: torch.dtype | None = None,
+    sink: GradientSink | None = None,
 ) -> Tensor:
     """Sum over each token's pairs of weight * act(x W_in[e]) W_out[e]: y_TD in x's dtype.
 
     w_in_EDS: S = H for "relu"; S = 2H for "swiglu", silu(x W) * (x V), whose first half of columns is W.
     w_out_EHD: of one dtype with w_in and x, float32, bfloat16 or float16; under autocast they are cast.
     weight_N: float32, in the order of the pairs. recompute: keep nothing for backward but the arguments, and
-    compute the hidden rows again (appendix D).
+    compute the hidden rows again (appendix D). dtype, sink: a `FeedForwardKernel`'s; weights of another dtype
+    are cast whole, and the sink gets the gradients of some experts at a time, zeros for those without rows.
 
     First derivatives alone: the fused backward pass has no derivative of its own, and to take it apart only
     for the second one would be another, far slower kernel under this one's name.
     """
-    dtype = x_TD.dtype
-    x_TD, w_in_EDS, w_out_EHD = as_autocast(x_TD), as_autocast(w_in_EDS), as_autocast(w_out_EHD)
-    _check(x_TD, w_in_EDS, w_out_EHD, activation)
     is_trained = torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in (x_TD, w_in_EDS, w_out_EHD, weight_N)
     )
+    if sink is not None and is_trained:
+        return _sunk_feed_forward(
+            x_TD,
+            w_in_EDS,
+            w_out_EHD,
+            weight_N,
+            plan,
+            activation=activation,
+            dtype=as_autocast(x_TD).dtype if dtype is None else dtype,
+            recompute=recompute,
+            sink=sink,
+        )
+    y_TD, _ = _forward(
+        x_TD,
+        w_in_EDS,
+        w_out_EHD,
+        weight_N,
+        plan,
+        activation=activation,
+        dtype=dtype,
+        keep=is_trained and not recompute,
+    )
+    return y_TD
+
+
+def _forward(
+    x_TD: Tensor,
+    w_in_EDS: Tensor,
+    w_out_EHD: Tensor,
+    weight_N: Tensor,
+    plan: Plan,
+    *,
+    activation: ActivationName,
+    dtype: torch.dtype | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """y_TD, and what was kept of the hidden rows."""
+    own_dtype = x_TD.dtype
+    x_TD, w_in_EDS, w_out_EHD = (_cast(tensor, dtype) for tensor in (x_TD, w_in_EDS, w_out_EHD))
+    _check(x_TD, w_in_EDS, w_out_EHD, activation)
     schedule = make_schedule(plan.end_E, plan.order_N.shape[0])
-    y_TD, _ = _feed_forward(
+    return _feed_forward(
         x_TD,
         w_in_EDS,
         w_out_EHD,
@@ -57,10 +102,14 @@ def feed_forward(
         *schedule,
         plan.pairs_per_token,
         activation == "swiglu",
-        is_trained and not recompute,
-        dtype,
+        keep,
+        own_dtype,
     )
-    return y_TD
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """To the dtype of the products; None: as autocast has it."""
+    return as_autocast(tensor) if dtype is None else tensor.to(dtype)
 
 
 def _check(x_TD: Tensor, w_in_EDS: Tensor, w_out_EHD: Tensor, activation: str) -> None:
@@ -233,15 +282,30 @@ def _(
 
 @torch.library.custom_op("sparsegate::triton_weight_gradient", mutates_args=())
 def _weight_gradient(
-    left: Tensor, right: Tensor, token_N: Tensor, first_row_E1: Tensor, gather_left: bool
+    left: Tensor,
+    right: Tensor,
+    token_N: Tensor,
+    first_row_E1: Tensor,
+    first_expert: int,
+    end_expert: int,
+    gather_left: bool,
 ) -> Tensor:
     """See `weight_gradient`."""
-    return weight_gradient(_aligned(left), _aligned(right), token_N, first_row_E1, gather_left=gather_left)
+    left, right, experts = _aligned(left), _aligned(right), range(first_expert, end_expert)
+    return weight_gradient(left, right, token_N, first_row_E1, experts, gather_left=gather_left)
 
 
 @_weight_gradient.register_fake
-def _(left: Tensor, right: Tensor, token_N: Tensor, first_row_E1: Tensor, gather_left: bool) -> Tensor:
-    return left.new_empty(first_row_E1.shape[0] - 1, left.shape[1], right.shape[1])
+def _(
+    left: Tensor,
+    right: Tensor,
+    token_N: Tensor,
+    first_row_E1: Tensor,
+    first_expert: int,
+    end_expert: int,
+    gather_left: bool,
+) -> Tensor:
+    return left.new_empty(end_expert - first_expert, left.shape[1], right.shape[1])
 
 
 def _kept(hidden_NH: Tensor, pre_NS: Tensor, gated: bool) -> Tensor:
@@ -271,11 +335,55 @@ def _backward(ctx: Any, grad_y_TD: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     grad_x_TD = grad_w_in_EDS = grad_w_out_EHD = None
     if ctx.needs_input_grad[0]:
         grad_x_TD = _input_gradient(grad_pre_NS, w_in_EDS, row_N, pairs_T, *schedule, ctx.pairs_per_token)
+    all_experts = 0, w_in_EDS.shape[0]
     if ctx.needs_input_grad[1]:
-        grad_w_in_EDS = _weight_gradient(x_TD, grad_pre_NS, token_N, schedule[2], True)
+        grad_w_in_EDS = _weight_gradient(x_TD, grad_pre_NS, token_N, schedule[2], *all_experts, True)
     if ctx.needs_input_grad[2]:
-        grad_w_out_EHD = _weight_gradient(weighted_NH, grad_y_TD, token_N, schedule[2], False)
+        grad_w_out_EHD = _weight_gradient(weighted_NH, grad_y_TD, token_N, schedule[2], *all_experts, False)
     return grad_x_TD, grad_w_in_EDS, grad_w_out_EHD, grad_weight_N, *[None] * 11
+
+
+def _giving_backward(
+    grad_y_TD: Tensor,
+    x_TD: Tensor,
+    w_in_EDS: Tensor,
+    w_out_EHD: Tensor,
+    weight_N: Tensor,
+    plan: Plan,
+    kept: Tensor,
+    *,
+    activation: ActivationName,
+    dtype: torch.dtype,
+    needs_x: bool,
+    give: Give | None,
+) -> tuple[Tensor, Tensor]:
+    """What a sink gets is made for as many experts at once as `_NUMBERS_GIVEN` allows."""
+    own_dtype = x_TD.dtype
+    x_TD, w_in_EDS, w_out_EHD, grad_y_TD = (t.to(dtype) for t in (x_TD, w_in_EDS, w_out_EHD, grad_y_TD))
+    wide_N, gated = weight_N.to(torch.float32), activation == "swiglu"
+    schedule, token_N = make_schedule(plan.end_E, plan.order_N.shape[0]), plan.token_N
+    if not kept.shape[0]:
+        kept = _hidden(x_TD, w_in_EDS, token_N, *schedule, gated)
+    grad_pre_NS, weighted_NH, grad_weight_N = _hidden_gradient(
+        grad_y_TD, w_out_EHD, wide_N, kept, plan.order_N, token_N, *schedule, gated
+    )
+    grad_x_TD = x_TD
+    if needs_x:
+        grad_x_TD = _input_gradient(
+            grad_pre_NS, w_in_EDS, plan.row_N, plan.pairs_T, *schedule, plan.pairs_per_token
+        )
+    if give is not None:
+        num_experts, *matrix = w_in_EDS.shape
+        together = max(1, _NUMBERS_GIVEN // max(1, prod(matrix)))
+        for first in range(0, num_experts, together):
+            some = first, min(num_experts, first + together)
+            if give.w_out is not None:
+                give.w_out(
+                    first, _weight_gradient(weighted_NH, grad_y_TD, token_N, schedule[2], *some, False)
+                )
+            if give.w_in is not None:
+                give.w_in(first, _weight_gradient(x_TD, grad_pre_NS, token_N, schedule[2], *some, True))
+    return grad_x_TD.to(own_dtype), grad_weight_N.to(weight_N.dtype)
 
 
 def _no_second_derivative(ctx: Any, *grads: Any) -> None:
@@ -285,3 +393,4 @@ def _no_second_derivative(ctx: Any, *grads: Any) -> None:
 _feed_forward.register_autograd(_backward, setup_context=_save)
 for _operator in (_hidden, _hidden_gradient, _input_gradient, _weight_gradient):
     _operator.register_autograd(_no_second_derivative)
+_sunk_feed_forward = into_sink(_forward, _giving_backward)

@@ -33,6 +33,8 @@ def outer(rows_ND: Tensor, grad_NS: Tensor, end_E: Tensor, *, columns: list[slic
     """The gradients of weights: rows[of each expert]^T @ grad[of it, columns]."""
     row_N = torch.arange(rows_ND.shape[0], device=rows_ND.device)
     first_row_E1 = make_schedule(end_E, rows_ND.shape[0]).first_row_E1
+    all_experts = range(end_E.shape[0])
     return [
-        weight_gradient(rows_ND, grad_NS[:, some], row_N, first_row_E1, gather_left=True) for some in columns
+        weight_gradient(rows_ND, grad_NS[:, some], row_N, first_row_E1, all_experts, gather_left=True)
+        for some in columns
     ]

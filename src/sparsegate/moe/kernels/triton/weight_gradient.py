@@ -9,20 +9,27 @@ from .tiles import in_groups, multiply_add
 
 
 def weight_gradient(
-    left: Tensor, right: Tensor, token_N: Tensor, first_row_E1: Tensor, *, gather_left: bool
+    left: Tensor,
+    right: Tensor,
+    token_N: Tensor,
+    first_row_E1: Tensor,
+    experts: range,
+    *,
+    gather_left: bool,
 ) -> Tensor:
     """Sum over each expert's rows of left[row]^T right[row], each tile written once: [E, left, right].
 
     One of the two has a row for each token, gathered while it is loaded; the other stands in expert order.
-    Zeros for an expert without rows. In the operands' dtype.
+    experts: those that follow each other whose gradients are wanted. Zeros for an expert without rows. In the
+    operands' dtype.
     """
-    num_experts = first_row_E1.shape[0] - 1
+    num_experts = len(experts)
     out = left.new_empty(num_experts, left.shape[1], right.shape[1])
     if not token_N.shape[0] or not out.numel():
         return out.zero_()
     launch(
         _weight_gradient_kernel,
-        _candidates(left, token_N.shape[0] / num_experts),
+        _candidates(left, token_N.shape[0] / (first_row_E1.shape[0] - 1)),
         lambda shape: (
             num_experts * triton.cdiv(out.shape[1], shape.rows) * triton.cdiv(out.shape[2], shape.columns)
         ),
@@ -30,7 +37,7 @@ def weight_gradient(
         right,
         out,
         token_N,
-        first_row_E1,
+        first_row_E1[experts.start :],
         num_experts,
         *left.stride(),
         *right.stride(),

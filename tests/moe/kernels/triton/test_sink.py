@@ -1,0 +1,141 @@
+"""What a sink gets of the Triton kernels, some experts at a time, is what `.grad` would have held."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from sparsegate.moe.dispatch import plan_rows
+from sparsegate.moe.kernels.triton import feed_forward as operators
+from sparsegate.moe.kernels.triton.feed_forward import feed_forward
+from sparsegate.optim.factored import FactoredAdam
+from tests.helpers.tolerances import assert_close
+from tests.moe.kernels.test_sink import SGD, Recording
+from tests.moe.kernels.triton.test_feed_forward import ACTIVATIONS, DEVICE, a_routing, operands
+
+WIDTH, HIDDEN = 21, 19
+
+
+@pytest.fixture(autouse=True)
+def two_experts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "_NUMBERS_GIVEN", 2 * WIDTH * HIDDEN * 2 + 5)
+
+
+def gradients(function, given: list[Tensor], cotangent: Tensor) -> list[Tensor | None]:
+    leaves = [tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in given]
+    function(leaves).backward(cotangent)
+    return [leaf.grad for leaf in leaves]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_a_sink_gets_the_gradients_of_weights_and_the_rest_is_as_without(activation, dtype, recompute):
+    """Of seven experts, two of them without rows."""
+    chosen = torch.randint(5, (23, 1), device=DEVICE) + torch.arange(2, device=DEVICE)
+    routing = a_routing(23, 7, 2, chosen=chosen)
+    given, cotangent = operands(routing, activation, dtype=dtype), torch.randn(23, WIDTH, device=DEVICE)
+    compute = partial(feed_forward, plan=plan_rows(routing), activation=activation, recompute=recompute)
+    grad_x, grad_in, grad_out, grad_weight = gradients(
+        lambda leaves: compute(*leaves), given, cotangent.to(dtype)
+    )
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in given]
+    sink = Recording(*leaves[1:3])
+    y_TD = compute(*leaves, sink=sink)
+    assert torch.equal(y_TD, compute(*given))
+    y_TD.backward(cotangent.to(dtype))
+    assert torch.equal(leaves[0].grad, grad_x)
+    assert torch.equal(leaves[3].grad, grad_weight)
+    assert leaves[1].grad is leaves[2].grad is None
+    for found, expected in zip(sink.grads.values(), (grad_in, grad_out), strict=True):
+        assert torch.equal(found, expected)
+    assert not grad_in[5].any() or (routing.expert_N == 5).any()
+    by_weight = [[first for address, first in sink.calls if address == w.data_ptr()] for w in leaves[1:3]]
+    together = {"relu": 4, "swiglu": 2}[activation]
+    assert by_weight == [list(range(0, 7, together))] * 2
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_sink_may_change_weights_at_once(activation):
+    """They are not read any more: the gradients of the input are those of the weights as they were."""
+    routing = a_routing(23, 5, 2)
+    given, cotangent = operands(routing, activation), torch.randn(23, WIDTH, device=DEVICE)
+    compute = partial(feed_forward, plan=plan_rows(routing), activation=activation)
+    grad_x, grad_in, *_ = gradients(lambda leaves: compute(*leaves), given, cotangent)
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in given]
+    compute(*leaves, sink=SGD()).backward(cotangent)
+    assert torch.equal(leaves[0].grad, grad_x)
+    assert_close(leaves[1], given[1] - 0.1 * grad_in)
+
+
+def test_weights_of_another_dtype_are_cast_and_the_output_is_of_the_inputs():
+    routing = a_routing(23, 5, 2)
+    given, cotangent = operands(routing, "relu"), torch.randn(23, WIDTH, device=DEVICE)
+    narrow = [given[0], *(weight.detach().bfloat16().requires_grad_() for weight in given[1:3]), given[3]]
+    compute = partial(feed_forward, plan=plan_rows(routing), activation="relu", dtype=torch.float32)
+    sink = Recording(*(weight.float() for weight in narrow[1:3]))
+    sink.grads = dict(zip((w.data_ptr() for w in narrow[1:3]), sink.grads.values(), strict=True))
+    y_TD = compute(*narrow, sink=sink)
+    assert y_TD.dtype == torch.float32
+    y_TD.backward(cotangent)
+    cast = [tensor.detach().float().requires_grad_() for tensor in narrow]
+    expected = gradients(lambda leaves: compute(*leaves), cast, cotangent)
+    assert torch.equal(narrow[0].grad, expected[0])
+    for found, grad in zip(sink.grads.values(), expected[1:3], strict=True):
+        assert torch.equal(found, grad)
+
+
+@pytest.mark.parametrize("frozen", [1, 2])
+def test_a_frozen_weight_is_not_given_away(frozen):
+    routing = a_routing(9, 5, 2)
+    given = operands(routing, "relu")
+    given[frozen].requires_grad_(False)
+    sink = Recording(*given[1:3])
+    feed_forward(*given, plan_rows(routing), "relu", sink=sink).sum().backward()
+    assert {address for address, _ in sink.calls} == {given[3 - frozen].data_ptr()}
+
+
+def test_of_a_gradient_that_is_not_finite_nothing_is_given_away_and_the_input_hears_of_it():
+    routing = a_routing(9, 5, 2)
+    given, cotangent = operands(routing, "relu"), torch.randn(9, WIDTH, device=DEVICE)
+    cotangent[3, 2] = torch.nan
+    sink = Recording(*given[1:3])
+    feed_forward(*given, plan_rows(routing), "relu", sink=sink).backward(cotangent)
+    assert not sink.calls
+    assert not given[0].grad.isfinite().all()
+
+
+def test_without_gradients_wanted_nothing_is_given_away():
+    routing = a_routing(9, 5, 2)
+    given = operands(routing, "relu")
+    sink = Recording(*given[1:3])
+    with torch.no_grad():
+        feed_forward(*given, plan_rows(routing), "relu", sink=sink)
+    assert not sink.calls
+
+
+def test_factored_updates_in_backward_are_a_backward_pass_and_then_a_step():
+    """Experts without rows have a gradient of zeros, of which weights hear nothing."""
+    chosen = torch.randint(4, (23, 1), device=DEVICE) + torch.arange(2, device=DEVICE)
+    routing = a_routing(23, 6, 2, chosen=chosen)
+    given = operands(routing, "relu")
+    found = []
+    for in_backward in (False, True):
+        torch.manual_seed(0)
+        leaves = [tensor.detach().clone().requires_grad_() for tensor in given]
+        optimizer = FactoredAdam(leaves[1:3], lr=0.01)
+        for _ in range(3):
+            sink = optimizer if in_backward else None
+            y_TD = feed_forward(*leaves, plan_rows(routing), "relu", sink=sink)
+            y_TD.backward(torch.randn(23, WIDTH, device=DEVICE))
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(
+            [*leaves[1:3], *(optimizer.state[w][name] for w in leaves[1:3] for name in ("row", "col"))]
+        )
+    for ours, theirs in zip(*found, strict=True):
+        assert_close(ours, theirs, scale=10)
+    assert torch.equal(found[1][0][5], given[1][5])
