@@ -20,7 +20,7 @@ from .weight_gradient import weight_gradient
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ACTIVATIONS = ("relu", "swiglu")
 # Of the weight gradients that a sink gets at once, beside which it makes several such tensors of float32.
-_NUMBERS_GIVEN = 1 << 26
+_NUMBERS_GIVEN = 1 << 25
 
 
 def feed_forward(
