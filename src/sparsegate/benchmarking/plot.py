@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -116,7 +116,7 @@ def _draw_limits(axes: Axes, results: Results) -> None:
     if not results["training"]:
         read = results["bandwidth"]["read"] / 1e9
         axes.axhline(read, color=INK, lw=1.2)
-        _write_above(axes, f"reading memory, {read:,.0f} GB/s", read)
+        _write_above(axes, f"reading memory, {read:,.0f} GB/s", read, side="right")
         return
     least = results["least"]
     xs = [_x(results, row) for row in least]
@@ -127,18 +127,20 @@ def _draw_limits(axes: Axes, results: Results) -> None:
     axes.axhline(1, color=INK, lw=1.2, zorder=2)
     gflops = [row["gflops"] for row in results["rows"] if row["kind"] == "dense"]
     speed = f"{min(gflops):,.0f}" if len(gflops) == 1 else f"{min(gflops):,.0f} to {max(gflops):,.0f}"
-    _write_above(axes, f"dense layer, {speed} GFLOP/s", 1)
+    # Where fewer lines pass: rates fall with experts, and rise with the tokens of each.
+    side = "left" if results["sweep"] == "tokens" else "right"
+    _write_above(axes, f"dense layer, {speed} GFLOP/s", 1, side=side)
 
 
-def _write_above(axes: Axes, text: str, y: float) -> None:
-    """A note on a horizontal line, on the right, where fewer lines pass."""
+def _write_above(axes: Axes, text: str, y: float, *, side: Literal["left", "right"]) -> None:
+    """A note on a horizontal line."""
     axes.annotate(
         text,
-        (1, y),
+        (0.01 if side == "left" else 1, y),
         xycoords=axes.get_yaxis_transform(),
         xytext=(0, 3),
         textcoords="offset points",
-        ha="right",
+        ha=side,
         fontsize=8.5,
         color=INK,
     )
