@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from benchmarks import equal_computation, mixtures, multilingual_models, translation_models
+from benchmarks import equal_computation, large_model, mixtures, multilingual_models, translation_models
 from tests.helpers.runs import make_dataset, make_translation_dataset
 
 SHORT = ["--steps", "3", "--search-steps", "2", "--seeds", "1", "2", "--threads", "1"]
@@ -88,3 +88,15 @@ def test_translation_models(
         (a, b) for a in (1e-3, 1e-2) for b in (0.5, 1.0)
     }
     assert all(math.isfinite(pair["perplexity"]) for row in rows for pair in row["pairs"].values())
+
+
+def test_a_large_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """A small one: it learns, and takes about what is planned."""
+    data = make_dataset(tmp_path / "text").directory
+    told = ["--model", "moe-4", "--device", "cpu", "--steps", "4", "--batch-words", "64"]
+    table_of(large_model, [*told, "--data", str(data), "--out", str(tmp_path)], monkeypatch, capsys)
+    found = json.loads((tmp_path / "large_model_cpu.json").read_text())
+    assert found["steps"] == len(found["losses"]) == 4
+    assert found["losses"][-1] < found["losses"][0]
+    assert found["parameters"] > 4 * 2 * 512 * 1024
+    assert 0 < found["planned (GiB)"] < 1

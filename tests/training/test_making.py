@@ -55,3 +55,9 @@ def test_the_experts_have_a_rate_of_their_own(experts: str):
     for name, step in steps[0].items():
         factor = 0.25 if ".experts." in name else 1.0
         torch.testing.assert_close(steps[1][name], factor * step, rtol=1e-3, atol=1e-6)
+
+
+def test_kernels_of_another_device_are_refused():
+    config = replace_by_path(SMALL, {"training.kernels": "triton"})
+    with pytest.raises(ValueError, match=r"training\.kernels \(triton\): is for CUDA devices, .*; use auto"):
+        make_model(config, ALONE, device=torch.device("cpu"))

@@ -7,7 +7,7 @@ import pytest
 from sparsegate.recipes.registry import recipe
 from sparsegate.training import memory
 from sparsegate.training.config import OptimConfig
-from sparsegate.training.memory import require_memory_for
+from sparsegate.training.memory import method_of, require_memory_for
 
 
 @pytest.mark.parametrize(
@@ -30,3 +30,15 @@ def test_a_translation_model_takes_at_least_its_weights_gradients_and_moments(
     monkeypatch.setattr(memory, "available_memory", lambda device: round(0.98 * needed))
     with pytest.raises(ValueError, match=r"model: weights, gradients and optimizer alone take .* GiB, and"):
         require_memory_for(config)
+
+
+@pytest.mark.parametrize(
+    ("device", "kernels", "freed"),
+    [("cpu", "auto", True), ("cuda", "triton", True), ("cuda", "auto", False)],
+)
+def test_gradients_of_all_experts_are_planned_where_a_kernel_makes_them_all(device, kernels, freed):
+    """Without a GPU, too."""
+    config = recipe("small-moe-32")
+    training = replace(config.training, device=device, kernels=kernels)
+    config = replace(config, optim=OptimConfig(experts="factored", in_backward=True), training=training)
+    assert method_of(config).in_backward == freed

@@ -38,7 +38,7 @@ def _require_state(config: RunConfig, translation: Translation, sharing: int, av
     experts = sum(p.numel() for p in model.expert_parameters())
     others = sum(p.numel() for p in model.parameters()) - experts
     of_expert = BFLOAT16 if "bfloat16" in translation.expert_dtypes() else FLOAT32
-    of_expert *= 1 if optim.in_backward else 2
+    of_expert *= 1 if _frees_gradients(config) else 2
     of_expert += 2 * FLOAT32 if optim.experts == "adam" else 0
     needed = others * 4 * FLOAT32 + experts // sharing * of_expert
     if needed > available:
@@ -51,21 +51,27 @@ def _require_state(config: RunConfig, translation: Translation, sharing: int, av
 def method_of(config: RunConfig) -> Method:
     """How the model is trained."""
     model, optim = config.model, config.optim
-    # Where it is planned there need be no GPU.
-    on_cpu = config.training.device != "cuda" and resolve_device(config.training.device).type == "cpu"
-    # Other kernels of a GPU make the gradients of all experts before the first is given away.
-    expert_by_expert = on_cpu or config.training.kernels == "triton"
     return Method(
         tokens=-(-batch_tokens(config) // config.training.micro_batches),
         experts=optim.experts,
         expert_bytes=BFLOAT16 if "bfloat16" in model.expert_dtypes() else FLOAT32,
-        in_backward=optim.in_backward and expert_by_expert,
+        in_backward=_frees_gradients(config),
         sparse_rows=optim.tables == "rows",
         spread_words=config.training.vocabulary == "sharded",
         recompute=isinstance(model, MixtureLM) and model.recompute,
         # Of a GPU's memory, the copy is in the host's.
-        saved_copy=config.training.background_saves and on_cpu,
+        saved_copy=config.training.background_saves and _is_for_cpu(config),
     )
+
+
+def _is_for_cpu(config: RunConfig) -> bool:
+    """Where a run on a GPU is planned, there need be none."""
+    return config.training.device != "cuda" and resolve_device(config.training.device).type == "cpu"
+
+
+def _frees_gradients(config: RunConfig) -> bool:
+    """Whether experts' gradients are gone before all exist, as all kernels have it but a GPU's from torch."""
+    return config.optim.in_backward and (_is_for_cpu(config) or config.training.kernels == "triton")
 
 
 def batch_tokens(config: RunConfig) -> int:
