@@ -25,7 +25,7 @@ PROGRAM = "from tests.helpers.restarted_runs import main; main()"
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     data = make_dataset(tmp_path_factory.mktemp("data") / "text").directory
-    run = tiny_run(data, steps=STEPS, evaluate_every=STEPS, checkpoint_every=4, timeout=20.0)
+    run = tiny_run(data, steps=STEPS, evaluate_every=STEPS, checkpoint_every=4, timeout=60.0)
     return with_gates(run, "noisy_topk")
 
 
