@@ -144,8 +144,10 @@ def test_a_kill_before_any_change_ends_as_what_is_not_killed(every: int, tmp_pat
 def test_workers_end_with_their_parent(text: Path, tmp_path: Path) -> None:
     options = many_parts(tmp_path / "dataset", text, "words", workers=3)
     process = start(make, options)
+    until = time.monotonic() + 120
     while not pieces(tmp_path):
         assert process.is_alive()
+        assert time.monotonic() < until
         time.sleep(0.01)
     using = processes_that_name(tmp_path)
     os.kill(process.pid, signal.SIGKILL)

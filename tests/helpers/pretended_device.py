@@ -27,20 +27,31 @@ NAME = "pretended"
 CAN_BE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 
 _aten = torch.ops.aten
-# What has to know numbers that a device may still be computing.
+# What has to know numbers that a device may still be computing, whatever it is given.
 _WAITING = {
+    _aten._coalesce.default,
     _aten._local_scalar_dense.default,
     _aten._unique2.default,
+    _aten.bincount.default,
     _aten.equal.default,
     _aten.is_nonzero.default,
     _aten.masked_select.default,
     _aten.nonzero.default,
+    _aten.repeat_interleave.Tensor,
     _aten.unique_consecutive.default,
     _aten.unique_dim.default,
 }
 
 
 _waits: Counter[str] = Counter()
+
+
+_INDEXING = {
+    _aten.index.Tensor,
+    _aten.index_put.default,
+    _aten.index_put_.default,
+    _aten._index_put_impl_.default,
+}
 
 
 class PretendedDevice:
@@ -104,7 +115,7 @@ def _dispatch(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         comes_back = not isinstance(args[0], _There)
     else:
         comes_back = device is not None and torch.device(device).type != NAME
-    if function in _WAITING or (copies and comes_back):
+    if function in _WAITING or (copies and comes_back) or _picks_by_truth(function, args):
         _waits[str(function)] += 1
     if device is not None:
         kwargs = kwargs | {"device": torch.device("cpu")}
@@ -116,6 +127,13 @@ def _dispatch(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         return found
     with torch.inference_mode(False):  # in which a tensor of another class cannot be detached
         return pytree.tree_map_only(Tensor, _There, found)
+
+
+def _picks_by_truth(function: Any, args: tuple[Any, ...]) -> bool:
+    """Whether it is indexing by a mask, of which a device has to count the true values."""
+    if function not in _INDEXING:
+        return False
+    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
 
 
 def _written(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -178,13 +196,6 @@ _OWN = {
 }
 
 
-class _Module(backend_registration._DummyBackendModule):
-    """What torch asks of a kind of device."""
-
-    def get_amp_supported_dtype(self) -> list[torch.dtype]:
-        return [torch.bfloat16]
-
-
 def _draw_experts(draws: Sequence[Normal], *, own: range) -> None:
     """What is drawn on the CPU: the real one takes a stack of another class for one that is spread."""
     copies = [Normal(stack=torch.empty_like(draw.stack, device="cpu"), std=draw.std) for draw in draws]
@@ -200,7 +211,9 @@ _libraries: list[torch.library.Library] = []
 def _begin() -> None:
     """Let this process have the device, and sparsegate take it for a GPU."""
     torch.set_num_threads(1)
-    backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
+    module = backend_registration._DummyBackendModule()
+    module.get_amp_supported_dtype = lambda: [torch.bfloat16]  # of which autocast makes no use here
+    backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=module)
 
     def empty(size: Any, *, dtype: Any = None, device: Any = None, **options: Any) -> Tensor:
         return _There(torch.empty(size, dtype=dtype, device="cpu"))

@@ -75,21 +75,21 @@ def trained(config: RunConfig, folder: Path, resume: bool = False) -> Arrays:
 
 
 def assert_ends_as_on_the_cpu(
-    device: PretendedDevice, config: RunConfig, folder: Path, kernels: str, atol: float = 1e-4
-) -> None:
+    device: PretendedDevice, config: RunConfig, folder: Path, kernels: str, *, within: float = 1e-3
+) -> tuple[Arrays, Arrays]:
+    """All weights and all state, within so much of the greatest number of each. Returns both sides."""
     expected = trained(config, folder / "cpu")
     found = device.run(trained, on_gpu(config, kernels), folder / "gpu")
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(
-            torch.from_numpy(found[name]), torch.from_numpy(value), rtol=1e-3, atol=atol, msg=name
-        )
+        assert abs(found[name] - value).max() <= within * abs(value).max(), name
+    return found, expected
 
 
 def test_what_is_on_two_sides_is_refused_and_waiting_is_counted(device: PretendedDevice):
     with pytest.raises(RuntimeError, match="some of its tensors are on pretended, and others on the CPU"):
         device.run(_mix)
-    assert device.run(_wait) == 2
+    assert device.run(_wait) == 3
 
 
 def _mix() -> None:
@@ -98,9 +98,9 @@ def _mix() -> None:
 
 def _wait() -> int:
     with waits() as counted:
-        value = torch.ones(3, device=there()).sum()
+        value = torch.ones(3, device=there())
         assert value.device == there()
-        value.item(), value.cpu()
+        value.sum().item(), value.cpu(), value[value > 0]
     return counted.total()
 
 
@@ -133,10 +133,15 @@ def test_everything_that_lets_large_models_train(
 def test_experts_in_bfloat16_rounded_at_random(
     device: PretendedDevice, text: Path, tmp_path: Path, kernels: str
 ):
-    """By the same draws: few of the weights differ, by one step of their dtype."""
+    """By the same draws: what differs are a few that were near to another neighbour."""
     config = with_optim(tiny_run(text, steps=4), **LARGE)
     config = replace(config, model=replace(config.model, expert_dtype="bfloat16"))
-    assert_ends_as_on_the_cpu(device, config, tmp_path, kernels, atol=0.02)
+    sides = assert_ends_as_on_the_cpu(device, config, tmp_path, kernels, within=1e-2)
+    for name in (name for name in sides[0] if ".experts." in name):
+        found, expected = (side[name] for side in sides)
+        differs = found != expected
+        assert differs.mean() < 0.1, name  # more than half, rounded otherwise
+        assert abs(found - expected).max() <= abs(expected).max() / 2**7, name  # one step of the greatest
 
 
 def test_a_run_is_resumed_on_either_side(device: PretendedDevice, text: Path, tmp_path: Path):

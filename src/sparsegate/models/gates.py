@@ -12,6 +12,7 @@ from ..moe.gating.noisy_topk import NoisyTopK
 from ..moe.gating.sigmoid_topk import SigmoidTopK
 from ..moe.gating.softmax import Softmax
 from ..moe.gating.softmax_topk import SoftmaxTopK
+from ..moe.kernels.choice import MOST_CHOSEN_FROM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,10 +221,11 @@ def _require_scope(scope: int | None, where: str) -> None:
 def build_gate(
     config: GateConfig, *, width: int, num_experts: int, k: int, kernel: str | None, **options: Any
 ) -> Gate:
-    """The gate, freshly initialised. kernel: of those that have one. options: device and dtype."""
+    """The gate, freshly initialised. kernel: of those that have it. options: device and dtype."""
     common: dict[str, Any] = {"width": width, "num_experts": num_experts, **options}
     match config:
         case NoisyTopKGate():
+            kernel = kernel if num_experts <= MOST_CHOSEN_FROM else None
             return NoisyTopK(k=k, noise_epsilon=config.noise_epsilon, kernel=kernel, **common)
         case BalancedGate():
             return Balanced(k=k, scope=config.scope, most_per_token=config.most_per_token, **common)

@@ -46,7 +46,7 @@ class RoundingNoise:
     def _table(self, size: int, parameter: int, step: int, device: torch.device) -> Tensor:
         """Threads that come at once make equal tables, so that it does not matter whose is kept."""
         made_at, table = self._latest.get(parameter, (-1, torch.empty(0)))
-        if made_at != step or len(table) != size:
+        if made_at != step or len(table) != size or table.device != device:
             words = np.random.SeedSequence((self.seed, parameter, step)).generate_state(1, np.uint32)
             generator = torch.Generator("cpu").manual_seed(int(words[0]))
             table = torch.randint(_LOWER_HALF, (size,), dtype=torch.int32, device="cpu", generator=generator)

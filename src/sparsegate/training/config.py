@@ -196,8 +196,8 @@ class TrainingConfig:
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto: cuda where there is one", "auto")
     kernels: Literal["auto", "triton"] = option(
-        "of experts and gates: those that suit the device, or on a GPU the ones written in Triton, which are "
-        "not yet chosen by themselves, as they have run in Triton's interpreter alone",
+        "of experts and gates: those that suit the device, or on a GPU the ones written in Triton where "
+        "there are such; these are not yet chosen by themselves, as no GPU has run them",
         "auto",
     )
     evaluate_every: int = option("steps between evaluations on the validation split", 1000)

@@ -23,8 +23,9 @@ class StackedExperts(Experts):
     width: of input and output. recompute: keep no hidden layer for backward but compute it again, for one
     product in six more and T * K * S values less (appendix D). kernel: one of `kernels/choice.py`; None: the
     first that suits the input. ValueError at the first input where the one named does not. storage: dtype
-    that the weights are kept in where it is not that of the products, to which they are cast expert by
-    expert; None: `dtype`, and x must have it too. own: these alone out of `num_experts`, with the weights
+    that the weights are kept in where it is not that of the products, to which "threaded" casts them expert
+    by expert, "triton" tile by tile if it is the narrower one, and others whole; None: `dtype`, and x must
+    have it too. own: these alone out of `num_experts`, with the weights
     that they have among all; `num_experts` is then theirs. None: all.
 
     With a sink (`give_gradients_to`) the backward pass gives it each expert's weight gradient as soon as it

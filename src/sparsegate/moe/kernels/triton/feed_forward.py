@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch import Plan
-from ...precision import as_autocast
+from ...precision import product_dtype
 from ..activations import ActivationName
 from ..sink import Give, GradientSink, into_sink
 from .gather_sum import sum_of_rows
@@ -17,7 +17,7 @@ from .schedule import Schedule, make_schedule
 from .up import hidden_rows
 from .weight_gradient import weight_gradient
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_HALF = (torch.bfloat16, torch.float16)
 _ACTIVATIONS = ("relu", "swiglu")
 # Of the weight gradients that a sink gets at once, beside which it makes several such tensors of float32.
 _NUMBERS_GIVEN = 1 << 25
@@ -38,14 +38,17 @@ def feed_forward(
     """Sum over each token's pairs of weight * act(x W_in[e]) W_out[e]: y_TD in x's dtype.
 
     w_in_EDS: S = H for "relu"; S = 2H for "swiglu", silu(x W) * (x V), whose first half of columns is W.
-    w_out_EHD: of one dtype with w_in and x, float32, bfloat16 or float16; under autocast they are cast.
+    w_out_EHD: of one dtype with w_in and x, float32, bfloat16 or float16, or under autocast cast to one.
     weight_N: float32, in the order of the pairs. recompute: keep nothing for backward but the arguments, and
-    compute the hidden rows again (appendix D). dtype, sink: a `FeedForwardKernel`'s; weights of another dtype
-    are cast whole, and the sink gets the gradients of some experts at a time, zeros for those without rows.
+    compute the hidden rows again (appendix D). dtype, sink: a `FeedForwardKernel`'s. Weights of 16 bits are
+    cast to float32 tile by tile, others whole; the sink gets the gradients of some experts at a time, zeros
+    for those without rows.
 
     First derivatives alone: the fused backward pass has no derivative of its own, and to take it apart only
     for the second one would be another, far slower kernel under this one's name.
     """
+    dtype = product_dtype(x_TD, w_in_EDS, w_out_EHD) if dtype is None else dtype
+    _check(x_TD, w_in_EDS, w_out_EHD, activation, dtype)
     is_trained = torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in (x_TD, w_in_EDS, w_out_EHD, weight_N)
     )
@@ -57,7 +60,7 @@ def feed_forward(
             weight_N,
             plan,
             activation=activation,
-            dtype=as_autocast(x_TD).dtype if dtype is None else dtype,
+            dtype=dtype,
             recompute=recompute,
             sink=sink,
         )
@@ -82,13 +85,12 @@ def _forward(
     plan: Plan,
     *,
     activation: ActivationName,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """y_TD, and what was kept of the hidden rows."""
     own_dtype = x_TD.dtype
-    x_TD, w_in_EDS, w_out_EHD = (_cast(tensor, dtype) for tensor in (x_TD, w_in_EDS, w_out_EHD))
-    _check(x_TD, w_in_EDS, w_out_EHD, activation)
+    x_TD, w_in_EDS, w_out_EHD = x_TD.to(dtype), _operand(w_in_EDS, dtype), _operand(w_out_EHD, dtype)
     schedule = make_schedule(plan.end_E, plan.order_N.shape[0])
     return _feed_forward(
         x_TD,
@@ -107,20 +109,17 @@ def _forward(
     )
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """To the dtype of the products; None: as autocast has it."""
-    return as_autocast(tensor) if dtype is None else tensor.to(dtype)
+def _operand(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Stacked weights as the kernels of that dtype take them: a copy only where they cannot cast a tile."""
+    return weight if dtype == torch.float32 and weight.dtype in _HALF else weight.to(dtype)
 
 
-def _check(x_TD: Tensor, w_in_EDS: Tensor, w_out_EHD: Tensor, activation: str) -> None:
+def _check(x_TD: Tensor, w_in_EDS: Tensor, w_out_EHD: Tensor, activation: str, dtype: torch.dtype) -> None:
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation: {activation!r} is none of {', '.join(map(repr, _ACTIVATIONS))}")
-    dtypes = {x_TD.dtype, w_in_EDS.dtype, w_out_EHD.dtype}
-    if len(dtypes) > 1 or not dtypes <= set(_DTYPES):
-        found = ", ".join(sorted(map(str, dtypes)))
+    if dtype not in (torch.float32, *_HALF):
         raise ValueError(
-            f"dtype: the kernel 'triton' takes x, w_in and w_out in one of float32, bfloat16, float16, not"
-            f" {found}; the kernel 'loop' takes float64 as well"
+            f"dtype ({dtype}): the kernel 'triton' computes in float32, bfloat16 and float16; use 'loop'"
         )
     width, hidden = x_TD.shape[1], w_out_EHD.shape[1]
     columns = hidden * (2 if activation == "swiglu" else 1)
@@ -338,8 +337,10 @@ def _backward(ctx: Any, grad_y_TD: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     all_experts = 0, w_in_EDS.shape[0]
     if ctx.needs_input_grad[1]:
         grad_w_in_EDS = _weight_gradient(x_TD, grad_pre_NS, token_N, schedule[2], *all_experts, True)
+        grad_w_in_EDS = grad_w_in_EDS.to(w_in_EDS.dtype)
     if ctx.needs_input_grad[2]:
         grad_w_out_EHD = _weight_gradient(weighted_NH, grad_y_TD, token_N, schedule[2], *all_experts, False)
+        grad_w_out_EHD = grad_w_out_EHD.to(w_out_EHD.dtype)
     return grad_x_TD, grad_w_in_EDS, grad_w_out_EHD, grad_weight_N, *[None] * 11
 
 
@@ -358,8 +359,9 @@ def _giving_backward(
     give: Give | None,
 ) -> tuple[Tensor, Tensor]:
     """What a sink gets is made for as many experts at once as `_NUMBERS_GIVEN` allows."""
-    own_dtype = x_TD.dtype
-    x_TD, w_in_EDS, w_out_EHD, grad_y_TD = (t.to(dtype) for t in (x_TD, w_in_EDS, w_out_EHD, grad_y_TD))
+    own_dtype, (num_experts, *matrix) = x_TD.dtype, w_in_EDS.shape
+    x_TD, grad_y_TD = x_TD.to(dtype), grad_y_TD.to(dtype)
+    w_in_EDS, w_out_EHD = _operand(w_in_EDS, dtype), _operand(w_out_EHD, dtype)
     wide_N, gated = weight_N.to(torch.float32), activation == "swiglu"
     schedule, token_N = make_schedule(plan.end_E, plan.order_N.shape[0]), plan.token_N
     if not kept.shape[0]:
@@ -372,8 +374,8 @@ def _giving_backward(
         grad_x_TD = _input_gradient(
             grad_pre_NS, w_in_EDS, plan.row_N, plan.pairs_T, *schedule, plan.pairs_per_token
         )
+    del w_in_EDS, w_out_EHD  # which may be copies
     if give is not None:
-        num_experts, *matrix = w_in_EDS.shape
         together = max(1, _NUMBERS_GIVEN // max(1, prod(matrix)))
         for first in range(0, num_experts, together):
             some = first, min(num_experts, first + together)

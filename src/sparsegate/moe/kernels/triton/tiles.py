@@ -73,11 +73,11 @@ def product(
 
 @triton.jit
 def multiply_add(left, right, acc, PRECISION: tl.constexpr):
-    """acc + left @ right on the tensor cores, in float32."""
+    """acc + left @ right on the tensor cores, in float32. right may be narrower than left."""
     if _INTERPRETED:
         # The interpreter would multiply the bits of bfloat16 as integers; in float32 the products are exact.
         left, right = left.to(tl.float32), right.to(tl.float32)
-    return tl.dot(left, right, acc, input_precision=PRECISION)
+    return tl.dot(left, right.to(left.dtype), acc, input_precision=PRECISION)
 
 
 @triton.jit
