@@ -32,7 +32,7 @@ class GradientSink(Protocol):
 class Give(NamedTuple):
     """Where a backward pass puts the gradients of some experts' matrices, with the first expert's number.
 
-    None: of a weight that needs none. As a sink is, each is called when that matrix is not read again.
+    None: none is wanted of this weight. As a sink is, each is called when that matrix is not read again.
     """
 
     w_in: Callable[[int, Tensor], None] | None
@@ -67,8 +67,8 @@ def into_sink(forward: Callable[..., Any], backward: Callable[..., Any]) -> Sunk
 
     forward: of x_TD, w_in_EDS, w_out_EHD, weight_N and plan, and by name activation, dtype, and keep; returns
     y_TD in x's dtype, and what backward is to know of each row, of no row unless `keep`. backward: of y's
-    gradient, these five and what was kept, and by name activation, dtype, needs_x, and give, a `Give` or
-    None; returns the gradients of x_TD, any tensor where it is not needed, and of weight_N.
+    gradient, these five and what was kept, and by name activation, dtype, needs_x, and give, a `Give`;
+    returns the gradients of x_TD, any tensor where it is not needed, and of weight_N.
     """
 
     @torch.compiler.disable
@@ -120,12 +120,11 @@ class _Sunk(torch.autograd.Function):
         *inputs, kept_NS = ctx.saved_tensors
         needs_x, needs_in, needs_out, needs_weight = ctx.needs_input_grad[:4]
         in_parameter, out_parameter = ctx.parameters
-        give = None
-        if (needs_in or needs_out) and _is_finite(grad_TD, ctx.plan):
-            give = Give(
-                partial(ctx.sink.consume, in_parameter) if needs_in else None,
-                partial(ctx.sink.consume, out_parameter) if needs_out else None,
-            )
+        is_given = (needs_in or needs_out) and _is_finite(grad_TD, ctx.plan)
+        give = Give(
+            partial(ctx.sink.consume, in_parameter) if is_given and needs_in else None,
+            partial(ctx.sink.consume, out_parameter) if is_given and needs_out else None,
+        )
         grad_x_TD, grad_weight_N = ctx.backward_pass(
             grad_TD, *inputs, ctx.plan, kept_NS, needs_x=needs_x, give=give, **ctx.options
         )

@@ -269,14 +269,11 @@ def _autograd_backward(ctx: Any, grad_TD: Tensor | None, _: Tensor | None) -> tu
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
-def _giving_backward(
-    grad_TD: Tensor, *inputs: Any, give: Give | None, **options: Any
-) -> tuple[Tensor, Tensor]:
+def _giving_backward(grad_TD: Tensor, *inputs: Any, give: Give, **options: Any) -> tuple[Tensor, Tensor]:
     """Give each expert's gradients away as soon as they are made, in a memory that the next one's take."""
     scratch = Scratch()
 
     def take(expert: int, rows: Rows) -> None:
-        assert give is not None
         for name, accept, left_ND, right_NH in (
             ("out", give.w_out, rows.hidden_NH, rows.grad_out_ND),
             ("in", give.w_in, rows.input_ND, rows.grad_in_NS),
@@ -286,7 +283,8 @@ def _giving_backward(
                 grad_DH = scratch.empty(name, shape, left_ND.dtype)
                 accept(expert, torch.mm(left_ND.t(), right_NH, out=grad_DH)[None])
 
-    return expert_by_expert.backward(grad_TD, *inputs, take=None if give is None else take, **options)
+    is_wanted = give.w_in is not None or give.w_out is not None
+    return expert_by_expert.backward(grad_TD, *inputs, take=take if is_wanted else None, **options)
 
 
 _sunk_feed_forward = into_sink(expert_by_expert.forward, _giving_backward)

@@ -325,22 +325,20 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, grad_y_TD: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     x_TD, w_in_EDS, w_out_EHD, weight_N, order_N, row_N, token_N, pairs_T, *schedule, kept = ctx.saved_tensors
+    grad_y_TD = grad_y_TD.to(x_TD.dtype)
     if not ctx.keep:
         kept = _hidden(x_TD, w_in_EDS, token_N, *schedule, ctx.gated)
-    grad_y_TD = grad_y_TD.to(x_TD.dtype)
     grad_pre_NS, weighted_NH, grad_weight_N = _hidden_gradient(
         grad_y_TD, w_out_EHD, weight_N, kept, order_N, token_N, *schedule, ctx.gated
     )
     grad_x_TD = grad_w_in_EDS = grad_w_out_EHD = None
     if ctx.needs_input_grad[0]:
         grad_x_TD = _input_gradient(grad_pre_NS, w_in_EDS, row_N, pairs_T, *schedule, ctx.pairs_per_token)
-    all_experts = 0, w_in_EDS.shape[0]
+    some = token_N, schedule[2], 0, w_in_EDS.shape[0]
     if ctx.needs_input_grad[1]:
-        grad_w_in_EDS = _weight_gradient(x_TD, grad_pre_NS, token_N, schedule[2], *all_experts, True)
-        grad_w_in_EDS = grad_w_in_EDS.to(w_in_EDS.dtype)
+        grad_w_in_EDS = _weight_gradient(x_TD, grad_pre_NS, *some, True).to(w_in_EDS.dtype)
     if ctx.needs_input_grad[2]:
-        grad_w_out_EHD = _weight_gradient(weighted_NH, grad_y_TD, token_N, schedule[2], *all_experts, False)
-        grad_w_out_EHD = grad_w_out_EHD.to(w_out_EHD.dtype)
+        grad_w_out_EHD = _weight_gradient(weighted_NH, grad_y_TD, *some, False).to(w_out_EHD.dtype)
     return grad_x_TD, grad_w_in_EDS, grad_w_out_EHD, grad_weight_N, *[None] * 11
 
 
@@ -356,35 +354,33 @@ def _giving_backward(
     activation: ActivationName,
     dtype: torch.dtype,
     needs_x: bool,
-    give: Give | None,
+    give: Give,
 ) -> tuple[Tensor, Tensor]:
-    """What a sink gets is made for as many experts at once as `_NUMBERS_GIVEN` allows."""
+    """`_backward` of which the weights' gradients are made for as many experts at once as are given away."""
     own_dtype, (num_experts, *matrix) = x_TD.dtype, w_in_EDS.shape
-    x_TD, grad_y_TD = x_TD.to(dtype), grad_y_TD.to(dtype)
+    grad_x_TD, x_TD, grad_y_TD = x_TD, x_TD.to(dtype), grad_y_TD.to(dtype)
     w_in_EDS, w_out_EHD = _operand(w_in_EDS, dtype), _operand(w_out_EHD, dtype)
-    wide_N, gated = weight_N.to(torch.float32), activation == "swiglu"
-    schedule, token_N = make_schedule(plan.end_E, plan.order_N.shape[0]), plan.token_N
-    if not kept.shape[0]:
+    schedule, token_N, gated = (
+        make_schedule(plan.end_E, len(plan.order_N)),
+        plan.token_N,
+        activation == "swiglu",
+    )
+    if not len(kept):
         kept = _hidden(x_TD, w_in_EDS, token_N, *schedule, gated)
     grad_pre_NS, weighted_NH, grad_weight_N = _hidden_gradient(
-        grad_y_TD, w_out_EHD, wide_N, kept, plan.order_N, token_N, *schedule, gated
+        grad_y_TD, w_out_EHD, weight_N.to(torch.float32), kept, plan.order_N, token_N, *schedule, gated
     )
-    grad_x_TD = x_TD
     if needs_x:
-        grad_x_TD = _input_gradient(
-            grad_pre_NS, w_in_EDS, plan.row_N, plan.pairs_T, *schedule, plan.pairs_per_token
-        )
+        pairs = plan.row_N, plan.pairs_T
+        grad_x_TD = _input_gradient(grad_pre_NS, w_in_EDS, *pairs, *schedule, plan.pairs_per_token)
     del w_in_EDS, w_out_EHD  # which may be copies
-    if give is not None:
-        together = max(1, _NUMBERS_GIVEN // max(1, prod(matrix)))
-        for first in range(0, num_experts, together):
-            some = first, min(num_experts, first + together)
-            if give.w_out is not None:
-                give.w_out(
-                    first, _weight_gradient(weighted_NH, grad_y_TD, token_N, schedule[2], *some, False)
-                )
-            if give.w_in is not None:
-                give.w_in(first, _weight_gradient(x_TD, grad_pre_NS, token_N, schedule[2], *some, True))
+    together = max(1, _NUMBERS_GIVEN // max(1, prod(matrix)))
+    for first in range(0, num_experts, together):
+        some = token_N, schedule.first_row_E1, first, min(num_experts, first + together)
+        if give.w_out is not None:
+            give.w_out(first, _weight_gradient(weighted_NH, grad_y_TD, *some, False))
+        if give.w_in is not None:
+            give.w_in(first, _weight_gradient(x_TD, grad_pre_NS, *some, True))
     return grad_x_TD.to(own_dtype), grad_weight_N.to(weight_N.dtype)
 
 
