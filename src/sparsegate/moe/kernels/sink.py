@@ -39,31 +39,12 @@ class Give(NamedTuple):
     w_out: Callable[[int, Tensor], None] | None
 
 
-class SunkFeedForward(Protocol):
-    """Experts whose weights' gradients go to a sink, and autograd is told of none.
+def into_sink(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Tensor]:
+    """A `FeedForwardKernel` of two passes whose weights' gradients go to its sink; autograd is told of none.
 
     A gradient of y that is not finite at some token that counts is passed on, but nothing of it to the sink.
-    dtype: of the products. First derivatives alone; where autograd finds that weights which it has yet to
-    read were changed, as when one layer is used twice, it says so.
-    """
-
-    def __call__(
-        self,
-        x_TD: Tensor,
-        w_in_EDS: Tensor,
-        w_out_EHD: Tensor,
-        weight_N: Tensor,
-        plan: Plan,
-        *,
-        activation: ActivationName,
-        dtype: torch.dtype,
-        recompute: bool,
-        sink: GradientSink,
-    ) -> Tensor: ...
-
-
-def into_sink(forward: Callable[..., Any], backward: Callable[..., Any]) -> SunkFeedForward:
-    """The experts of two passes, neither of which autograd sees into.
+    First derivatives alone; where autograd finds that weights which it has yet to read were changed, as when
+    one layer is used twice, it says so. The kernel must be told its dtype.
 
     forward: of x_TD, w_in_EDS, w_out_EHD, weight_N and plan, and by name activation, dtype, and keep; returns
     y_TD in x's dtype, and what backward is to know of each row, of no row unless `keep`. backward: of y's
@@ -72,21 +53,8 @@ def into_sink(forward: Callable[..., Any], backward: Callable[..., Any]) -> Sunk
     """
 
     @torch.compiler.disable
-    def feed_forward(
-        x_TD: Tensor,
-        w_in_EDS: Tensor,
-        w_out_EHD: Tensor,
-        weight_N: Tensor,
-        plan: Plan,
-        *,
-        activation: ActivationName,
-        dtype: torch.dtype,
-        recompute: bool,
-        sink: GradientSink,
-    ) -> Tensor:
-        options = {"activation": activation, "dtype": dtype}
-        passes = forward, backward
-        return _Sunk.apply(x_TD, w_in_EDS, w_out_EHD, weight_N, plan, options, not recompute, sink, passes)
+    def feed_forward(*inputs: Any, recompute: bool, sink: GradientSink, **options: Any) -> Tensor:
+        return _Sunk.apply(*inputs, options, not recompute, sink, (forward, backward))
 
     return feed_forward
 
