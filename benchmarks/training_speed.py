@@ -19,11 +19,13 @@ import torch
 from benchmarks import RESULTS
 from sparsegate.benchmarking.measuring import circumstances, markdown, median_ratio, seconds, store
 from sparsegate.data import Batch
+from sparsegate.models import MixtureLM
 from sparsegate.models.translation import Translation
 from sparsegate.recipes.cluster import arithmetic_flops
 from sparsegate.recipes.registry import recipe
 from sparsegate.training.config import RunConfig
 from sparsegate.training.making import make_state
+from sparsegate.training.overrides import replace_by_path
 from sparsegate.training.step import apply_gradient, compute_gradient
 from sparsegate.training.tasks.language import language_parts
 
@@ -35,7 +37,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     rows = []
     for name in args.models:
-        steps = {n: stepper(recipe(n), args) for n in (name, args.baseline)}
+        steps = {n: stepper(config_of(n, args), args) for n in (name, args.baseline)}
         times = seconds(steps, repeats=args.repeats)
         tokens = args.batch_size * args.num_steps
         rows.append(
@@ -50,6 +52,14 @@ def main() -> None:
         )
     print(markdown(rows))
     print(store(RESULTS / f"{args.name}.json", {**circumstances(), "rows": rows}))
+
+
+def config_of(name: str, args: argparse.Namespace) -> RunConfig:
+    """The recipe, its experts updated in backward if that is asked for."""
+    config = recipe(name)
+    if args.in_backward and isinstance(config.model, MixtureLM):
+        return replace_by_path(config, {"optim.experts": "factored", "optim.in_backward": True})
+    return config
 
 
 def tflops(name: str, tokens_per_second: float, args: argparse.Namespace) -> float:
@@ -101,6 +111,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--num-steps", type=int, default=64)
+    parser.add_argument("--in-backward", action="store_true", help="experts: factored, updated in backward")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--name", default="training_speed", help="of the file of results")
