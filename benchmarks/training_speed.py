@@ -26,7 +26,7 @@ from sparsegate.recipes.registry import recipe
 from sparsegate.training.config import RunConfig
 from sparsegate.training.making import make_state
 from sparsegate.training.overrides import replace_by_path
-from sparsegate.training.step import apply_gradient, compute_gradient
+from sparsegate.training.step import Gradient, apply_gradient, compute_gradient
 from sparsegate.training.tasks.language import language_parts
 
 MODELS = ("moe-4", "moe-32", "moe-256", "moe-256-h", "moe-1-wide", "moe-1-deep", "lstm-2048-512")
@@ -93,13 +93,14 @@ def stepper(config: RunConfig, args: argparse.Namespace) -> Callable[[], None]:
     assert off < 1.5, untrained.nll
     assert off > -1.5 or config.model.sampled_words, untrained.nll
 
-    def step() -> None:
-        parts = list(language_parts(state.model, batch, {}, config))
-        gradient = compute_gradient(state.model, parts, config)
+    def update(gradient: Gradient) -> None:
         apply_gradient(state.model, state.optimizers, gradient, learning_rate=1e-3, clip_norm=1.0)
         state.model.after_step(gradient.sums)
 
-    return step
+    update(untrained)
+    return lambda: update(
+        compute_gradient(state.model, list(language_parts(state.model, batch, {}, config)), config)
+    )
 
 
 def _arguments() -> argparse.Namespace:
