@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from sparsegate.models.memory import training_memory
 from sparsegate.recipes.registry import recipe
 from sparsegate.training import memory
 from sparsegate.training.config import OptimConfig
@@ -36,9 +37,15 @@ def test_a_translation_model_takes_at_least_its_weights_gradients_and_moments(
     ("device", "kernels", "freed"),
     [("cpu", "auto", True), ("cuda", "triton", True), ("cuda", "auto", False)],
 )
-def test_gradients_of_all_experts_are_planned_where_a_kernel_makes_them_all(device, kernels, freed):
+def test_gradients_and_copies_of_all_experts_are_planned_where_a_kernel_makes_them(device, kernels, freed):
     """Without a GPU, too."""
     config = recipe("small-moe-32")
     training = replace(config.training, device=device, kernels=kernels)
     config = replace(config, optim=OptimConfig(experts="factored", in_backward=True), training=training)
     assert method_of(config).in_backward == freed
+    narrow = replace(config, model=replace(config.model, expert_dtype="bfloat16"))
+    assert method_of(narrow).copied == (not freed)
+    assert not method_of(config).copied
+    experts, copied = 32 * 2 * 128 * 256 * 4, training_memory(narrow.model, method_of(narrow))
+    without = training_memory(narrow.model, replace(method_of(narrow), copied=False))
+    assert copied.peak - without.peak == (0 if freed else experts)

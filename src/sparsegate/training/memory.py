@@ -38,7 +38,7 @@ def _require_state(config: RunConfig, translation: Translation, sharing: int, av
     experts = sum(p.numel() for p in model.expert_parameters())
     others = sum(p.numel() for p in model.parameters()) - experts
     of_expert = BFLOAT16 if "bfloat16" in translation.expert_dtypes() else FLOAT32
-    of_expert *= 1 if _frees_gradients(config) else 2
+    of_expert *= 1 if optim.in_backward and _has_fused_experts(config) else 2
     of_expert += 2 * FLOAT32 if optim.experts == "adam" else 0
     needed = others * 4 * FLOAT32 + experts // sharing * of_expert
     if needed > available:
@@ -55,7 +55,8 @@ def method_of(config: RunConfig) -> Method:
         tokens=-(-batch_tokens(config) // config.training.micro_batches),
         experts=optim.experts,
         expert_bytes=BFLOAT16 if "bfloat16" in model.expert_dtypes() else FLOAT32,
-        in_backward=_frees_gradients(config),
+        copied="bfloat16" in model.expert_dtypes() and not _has_fused_experts(config),
+        in_backward=config.optim.in_backward and _has_fused_experts(config),
         sparse_rows=optim.tables == "rows",
         spread_words=config.training.vocabulary == "sharded",
         recompute=isinstance(model, MixtureLM) and model.recompute,
@@ -69,9 +70,9 @@ def _is_for_cpu(config: RunConfig) -> bool:
     return config.training.device != "cuda" and resolve_device(config.training.device).type == "cpu"
 
 
-def _frees_gradients(config: RunConfig) -> bool:
-    """Whether experts' gradients are gone before all exist, as all kernels have it but a GPU's from torch."""
-    return config.optim.in_backward and (_is_for_cpu(config) or config.training.kernels == "triton")
+def _has_fused_experts(config: RunConfig) -> bool:
+    """Whether the experts' kernel is ours: torch's make all gradients first, and cast weights as a whole."""
+    return _is_for_cpu(config) or config.training.kernels == "triton"
 
 
 def batch_tokens(config: RunConfig) -> int:
