@@ -24,13 +24,12 @@ from rich.console import Console
 from benchmarks import RESULTS
 from benchmarks.planned_memory import RESET, bytes_of
 from sparsegate.benchmarking.measuring import circumstances, markdown, store
-from sparsegate.cli.plan import method_of
 from sparsegate.models.memory import training_memory
 from sparsegate.recipes.registry import recipe
 from sparsegate.training.config import RunConfig
 from sparsegate.training.log import read_log
 from sparsegate.training.loop import Run, make_reporter
-from sparsegate.training.memory import require_memory_for
+from sparsegate.training.memory import method_of, require_memory_for
 from sparsegate.training.overrides import replace_by_path
 from sparsegate.training.ranks import ALONE
 from sparsegate.training.tasks import open_task
@@ -50,9 +49,12 @@ def main() -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         print("benchmarks.large_model: no CUDA device here; --device cpu has smaller models", file=sys.stderr)
         return 2
-    config = config_of(args)
-    with tempfile.TemporaryDirectory() as folder:
-        results = measure(config, Path(folder), args.device)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            results = measure(config_of(args), Path(folder), args.device)
+    except (OSError, ValueError) as error:
+        print(f"benchmarks.large_model: {error}", file=sys.stderr)
+        return 2
     path = args.out / f"large_model_{args.device}.json"
     store(path, {**circumstances(), **results})
     print(markdown([{key: value for key, value in results.items() if key != "losses"}]))

@@ -5,6 +5,7 @@ was written for a GPU shows without one where a tensor was left on the wrong sid
 torch has one name for a device of one's own, for the whole process: `PretendedDevice` has a process for it.
 """
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -24,7 +25,6 @@ from sparsegate.recipes import load
 from sparsegate.training import loop, making, memory
 
 NAME = "pretended"
-CAN_BE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 
 _aten = torch.ops.aten
 # What has to know numbers that a device may still be computing, whatever it is given.
@@ -210,6 +210,7 @@ _libraries: list[torch.library.Library] = []
 
 def _begin() -> None:
     """Let this process have the device, and sparsegate take it for a GPU."""
+    os.environ["TRITON_INTERPRET"] = "1"  # whatever GPU there is: read when triton is imported, later
     torch.set_num_threads(1)
     module = backend_registration._DummyBackendModule()
     module.get_amp_supported_dtype = lambda: [torch.bfloat16]  # of which autocast makes no use here

@@ -23,15 +23,11 @@ from sparsegate.training.loop import Run, TrainResult, train
 from sparsegate.training.reporter import Silence
 from sparsegate.training.tasks import open_task
 from tests.helpers.model_cases import GATES
-from tests.helpers.pretended_device import CAN_BE, PretendedDevice, there, waits
+from tests.helpers.pretended_device import PretendedDevice, there, waits
 from tests.helpers.runs import make_dataset, make_translation_dataset
 from tests.helpers.tiny_runs import tiny_run, tiny_translation_run, with_gates
 from tests.training.test_large_models import LARGE, with_optim
 
-pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
-    pytest.mark.skipif(not CAN_BE, reason="torch lets nobody make a device in Python"),
-]
 KERNELS = ["auto", "triton"]
 LOSSES = (importance_loss, load_loss, switch_loss, z_loss, threshold_loss)
 Arrays = dict[str, npt.NDArray[Any]]
@@ -80,10 +76,15 @@ def assert_ends_as_on_the_cpu(
     """All weights and all state, within so much of the greatest number of each. Returns both sides."""
     expected = trained(config, folder / "cpu")
     found = device.run(trained, on_gpu(config, kernels), folder / "gpu")
+    assert_alike(found, expected, within=within)
+    return found, expected
+
+
+def assert_alike(found: Arrays, expected: Arrays, *, within: float) -> None:
+    """Each to so much of its own greatest number: second moments are tiny."""
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert abs(found[name] - value).max() <= within * abs(value).max(), name
-    return found, expected
 
 
 def test_what_is_on_two_sides_is_refused_and_waiting_is_counted(device: PretendedDevice):
@@ -153,8 +154,7 @@ def test_a_run_is_resumed_on_either_side(device: PretendedDevice, text: Path, tm
     trained(short, tmp_path / "second")
     found.append(device.run(trained, on_gpu(config, "auto"), tmp_path / "second", True))
     for each in found:
-        for name, value in expected.items():
-            torch.testing.assert_close(each[name], value, rtol=1e-3, atol=1e-4, msg=name)
+        assert_alike(each, expected, within=1e-3)
 
 
 def test_trained_models_speak_there(device: PretendedDevice, text: Path, pairs: Path, tmp_path: Path):

@@ -44,8 +44,10 @@ def test_gradients_and_copies_of_all_experts_are_planned_where_a_kernel_makes_th
     config = replace(config, optim=OptimConfig(experts="factored", in_backward=True), training=training)
     assert method_of(config).in_backward == freed
     narrow = replace(config, model=replace(config.model, expert_dtype="bfloat16"))
-    assert method_of(narrow).copied == (not freed)
-    assert not method_of(config).copied
-    experts, copied = 32 * 2 * 128 * 256 * 4, training_memory(narrow.model, method_of(narrow))
-    without = training_memory(narrow.model, replace(method_of(narrow), copied=False))
-    assert copied.peak - without.peak == (0 if freed else experts)
+    assert method_of(narrow).copied_bytes == (0 if freed else 4)
+    assert method_of(config).copied_bytes == 0
+    halved = replace(config, training=replace(config.training, precision="bfloat16"))
+    assert method_of(halved).copied_bytes == (0 if device == "cpu" else 2)
+    copied = training_memory(narrow.model, method_of(narrow))
+    without = training_memory(narrow.model, replace(method_of(narrow), copied_bytes=0))
+    assert copied.peak - without.peak == (0 if freed else 32 * 2 * 128 * 256 * 4)

@@ -25,20 +25,20 @@ class Method:
     """How a model is trained, as far as memory depends on it.
 
     tokens: of a micro-batch, padding included. experts: their optimizer. expert_bytes: of each of their
-    weights, and of its gradient. copied: whether the experts' weights are cast to float32 as a whole where
-    products are in it, as they are in evaluation at least. in_backward: whether each expert is updated as
-    soon as its gradient is there, so that those of all experts never exist together. sparse_rows: whether the
-    vocabulary's tables have gradients for the rows that a batch used alone. recompute: whether the experts'
-    hidden layers are computed again in the backward pass instead of kept. devices: over which the experts are
-    spread; the rest is on each of them, and bytes are of one. spread_words: whether the vocabulary's tables
-    are spread too. evaluated_tokens: that evaluation reads at once. saved_copy: whether weights and state are
-    copied beside themselves, to be written while training goes on.
+    weights, and of its gradient. copied_bytes: of each weight in a copy of all experts in the dtype of the
+    products; 0: there is none. in_backward: whether each expert is updated as soon as its gradient is there,
+    so that those of all experts never exist together. sparse_rows: whether the vocabulary's tables have
+    gradients for the rows that a batch used alone. recompute: whether the experts' hidden layers are computed
+    again in the backward pass instead of kept. devices: over which the experts are spread; the rest is on
+    each of them, and bytes are of one. spread_words: whether the vocabulary's tables are spread too.
+    evaluated_tokens: that evaluation reads at once. saved_copy: whether weights and state are copied beside
+    themselves, to be written while training goes on.
     """
 
     tokens: int
     experts: Literal["adam", "factored"] = "adam"
     expert_bytes: int = FLOAT32
-    copied: bool = False
+    copied_bytes: int = 0
     in_backward: bool = False
     sparse_rows: bool = False
     recompute: bool = False
@@ -93,7 +93,7 @@ def training_memory(config: LanguageModelConfig, method: Method) -> Memory:
     evaluation = _evaluation(config, model.softmax, method)
     peak = weights + optimizer + expert_gradients
     peak += weights + optimizer if method.saved_copy else 0
-    peak += sum(shape.numel() for shape in stacks) * FLOAT32 if method.copied else 0
+    peak += sum(shape.numel() for shape in stacks) * method.copied_bytes
     peak += max(other_gradients + evaluation, activations + softmax + tables)
     return Memory(
         experts=experts,

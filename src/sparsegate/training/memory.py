@@ -55,8 +55,8 @@ def method_of(config: RunConfig) -> Method:
         tokens=-(-batch_tokens(config) // config.training.micro_batches),
         experts=optim.experts,
         expert_bytes=BFLOAT16 if "bfloat16" in model.expert_dtypes() else FLOAT32,
-        copied="bfloat16" in model.expert_dtypes() and not _has_fused_experts(config),
-        in_backward=config.optim.in_backward and _has_fused_experts(config),
+        copied_bytes=_copied_bytes(config),
+        in_backward=optim.in_backward and _has_fused_experts(config),
         sparse_rows=optim.tables == "rows",
         spread_words=config.training.vocabulary == "sharded",
         recompute=isinstance(model, MixtureLM) and model.recompute,
@@ -71,8 +71,18 @@ def _is_for_cpu(config: RunConfig) -> bool:
 
 
 def _has_fused_experts(config: RunConfig) -> bool:
-    """Whether the experts' kernel is ours: torch's make all gradients first, and cast weights as a whole."""
+    """Whether gradients are given away some experts at a time, and weights of 16 bits cast piece by piece.
+
+    The kernels that a GPU has by itself, `loop` and `grouped_mm`, do neither.
+    """
     return _is_for_cpu(config) or config.training.kernels == "triton"
+
+
+def _copied_bytes(config: RunConfig) -> int:
+    """As of `Method`: evaluation has products in float32, training in those of its precision."""
+    if "bfloat16" in config.model.expert_dtypes():
+        return 0 if _has_fused_experts(config) else FLOAT32
+    return BFLOAT16 if config.training.precision == "bfloat16" and not _is_for_cpu(config) else 0
 
 
 def batch_tokens(config: RunConfig) -> int:
